@@ -25,10 +25,10 @@ from cluster.commands.command import (
     Switch,
 )
 from cluster.commands.named_runs import named_run
+from cluster.commands.train_commands import as_typed, run_to_end
 from cluster.output.progress import reports_shown
 from cluster.output.result_text import counted, lines, put, table
 from cluster.settings.parser import ConfigError
-from cluster.storage.uris import storage_flag
 
 if TYPE_CHECKING:
     from cluster.settings.run import RunConfig
@@ -88,7 +88,6 @@ def forget(arguments: Arguments) -> Result:
 
 def _train(arguments: Arguments, asked: "Forgetting") -> None:
     """Takes the steps again that are left to take."""
-    from cluster.commands.train_commands import run_to_end
     from jobs.run.ledger import Ledger
 
     if not Ledger.read(asked.new).is_finished:
@@ -112,7 +111,6 @@ def _result(
     certificate: "Certificate",
     held: "list[Remnant]",
 ) -> Result:
-    place = storage_flag(asked.storage.uri)
     values = {
         **asked.plan.json(),
         "run_dir": asked.new.uri,
@@ -137,9 +135,12 @@ def _result(
     ]
     text = "".join(f"{line}\n" for line in lines(shown))
     text += f"\nwhat holds what was forgotten:\n{table(('', 'what', 'needed by', 'uri'), rows)}"
-    verify = f"`raymill verify {shlex.quote(asked.plan.new_run)}{place}`"
-    audit = f"`raymill audit {shlex.quote(asked.plan.new_run)}{place}`"
-    return Result(values, text, next=f"{verify}, {audit}, or `raymill promote` it")
+    typed = as_typed(
+        asked.storage.uri,
+        f"raymill verify {shlex.quote(asked.plan.new_run)}",
+        f"raymill audit {shlex.quote(asked.plan.new_run)}",
+    )
+    return Result(values, text, next=f"{typed}, or `raymill promote` it")
 
 
 def _workers_config() -> "type[WorkersConfig]":
