@@ -33,6 +33,8 @@ class Wing:
     long as the run trains."""
     run_report: str | None = None
     """Reports a run whose pipeline has ended: called with the run's storage. Returns figures."""
+    jobs: str | None = None
+    """A `JobBackend`: called with the place, None for the usual one, and what it is described by."""
     annotator: str | None = None
     """Returns what annotates the moments of a run or an endpoint, or None where nothing does."""
 
@@ -60,7 +62,11 @@ WINGS = (
         commands="cluster.commands.wings.track_commands:TRACK",
         run_watcher="jobs.watching.run_watcher:watching",
     ),
-    Wing("cluster.kube", commands="cluster.commands.wings.kube_commands:KUBE"),
+    Wing(
+        "cluster.kube",
+        commands="cluster.commands.wings.kube_commands:KUBE",
+        jobs="cluster.kube.kube_jobs:KubeJobs",
+    ),
     Wing(
         "cluster.monitoring",
         commands="cluster.commands.wings.dashboards_commands:DASHBOARDS",

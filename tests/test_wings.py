@@ -16,12 +16,16 @@ from tests.repository import PYPROJECT, REPOSITORY
 from tests.time_limits import limit_s
 
 TABLE = "cluster/wings.py"
-TAKEN_AWAY = ("jobs.trace", "jobs.watching", "serving.xray")
-TESTS = ("tests/jobs/run/test_ledger.py", "tests/serving/engine/test_scheduler.py")
-"""Tests of two areas that are run without those wings."""
+TAKEN_AWAY = ("jobs.trace", "jobs.watching", "serving.xray", "cluster.kube")
+TESTS = (
+    "tests/jobs/run/test_ledger.py",
+    "tests/serving/engine/test_scheduler.py",
+    "tests/cluster/submission/test_preflight.py",
+)
+"""Tests of three areas that are run without those wings."""
 
 # In a process of its own, in a copy of the code: what starts each program of the product is
-# imported, the commands and routes that there are without three wings are printed, and tests run.
+# imported, the commands and routes that there are without four wings are printed, and tests run.
 STARTED = """
 import sys
 import pytest
@@ -99,7 +103,7 @@ def without(table: str, folders: Collection[str]) -> str:
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the code and its tests without three wings."""
+    """A copy of the code and its tests without four wings."""
     copy = tmp_path_factory.mktemp("smaller")
     for folder in (*CODE_FOLDERS, "tests"):  # with what is compiled of them
         shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("k8s"))
@@ -112,7 +116,7 @@ def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_without_three_wings_the_rest_starts_and_passes_its_tests(smaller: Path) -> None:
+def test_without_four_wings_the_rest_starts_and_passes_its_tests(smaller: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", STARTED, *TESTS],
         cwd=smaller,
@@ -125,7 +129,9 @@ def test_without_three_wings_the_rest_starts_and_passes_its_tests(smaller: Path)
     commands, routes, place = done.stdout.splitlines()[:3]
     assert place == str(smaller / "cluster" / "cli.py")
     assert {"pretrain", "serve", "verify", "report"} <= set(commands.split())
-    assert {"track", "trace-find", "trace-index"}.isdisjoint(commands.split())
+    assert {"track", "trace-find", "trace-index", "cluster-apply", "cluster-render"}.isdisjoint(
+        commands.split()
+    )
     assert {"/v1/completions", "/tokenize", "/", "/page/api.js"} <= set(routes.split())
     assert {"/v1/xray", "/v1/trace", "/inside"}.isdisjoint(routes.split())
     assert " passed" in done.stdout

@@ -125,6 +125,14 @@ class Result:
     next: str = ""  # what a person may type now
     is_shown: bool = False  # already, by `Arguments.show`
 
+    @classmethod
+    def of_manifests(cls, manifests: Sequence[Mapping[str, Any]], **values: Any) -> "Result":
+        """Returns Kubernetes' manifests with `values`, to be printed as the manifests' YAML."""
+        import yaml
+
+        text = yaml.safe_dump_all(manifests, sort_keys=False)
+        return cls({**values, "objects": manifests}, text=text)
+
 
 @dataclass(frozen=True)
 class Arguments:

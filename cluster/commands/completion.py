@@ -10,10 +10,8 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cluster.settings.code_folders import CODE_ROOT
+from cluster.settings.code_folders import overlay_names
 from cluster.storage.uris import open_storage
-
-OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"  # a link, so that a wheel has them too
 
 
 def is_asked() -> bool:
@@ -64,4 +62,4 @@ def _runs(parsed_args: argparse.Namespace) -> Path | None:
 
 def overlays(**_: Any) -> list[str]:
     """Returns the names of raymill's overlays."""
-    return sorted(folder.name for folder in OVERLAYS.glob("*") if folder.is_dir())
+    return overlay_names()

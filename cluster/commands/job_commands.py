@@ -23,7 +23,6 @@ from cluster.commands.arguments import (
     TOKEN_FILE,
 )
 from cluster.commands.command import Arguments, Result
-from cluster.commands.wings.kube_objects import overlay_folder, shown_objects
 from cluster.local.jobs_api import ClusterError
 from cluster.output.job_log import LogReader, launches
 from cluster.output.progress import RayFilter, say
@@ -33,7 +32,6 @@ from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.storage.uris import NotFoundError, Storage, StorageError, open_storage, storage_flag
 from cluster.submission.backend import JobBackend
-from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.preflight import AdmissionError, Folders, check_run
 from cluster.submission.record import Backend, JobState, recorded_runs
 from cluster.submission.submit import (
@@ -65,7 +63,7 @@ def submit(arguments: Arguments) -> Result:
     backend.probe()
     living = None if is_dry else living_job(config, stage, arguments[TOKEN_FILE])
     if living is not None:
-        is_there = isinstance(backend, KubeJobs) and living.record.where == backend.where
+        is_there = backend.starts_in_parts and living.record.where == backend.where
         # Its submission may have been interrupted
         if is_there and living.state is JobState.PENDING:
             backend.check(config, stage, checked_needs(config, backend.folders))
@@ -75,9 +73,10 @@ def submit(arguments: Arguments) -> Result:
     if not is_dry:
         view, is_new = submit_job(config, stage, backend, arguments[TOKEN_FILE])
         return _submitted(config, view, is_new=is_new)
-    if not isinstance(backend, KubeJobs):
+    manifests = backend.manifests(config, stage)
+    if manifests is None:
         return Result({"run_id": config.run_id, "admitted": True})
-    return shown_objects(backend.objects(config, stage, number=1), run_id=config.run_id)
+    return Result.of_manifests(manifests, run_id=config.run_id)
 
 
 def checked_needs(config: RunConfig, folders: Folders) -> dict[str, Any]:
@@ -109,9 +108,7 @@ def _backend(arguments: Arguments, config: RunConfig) -> JobBackend:
     address = arguments[ADDRESS] or config.cluster.address
     overlay = arguments[KUBERAY]
     if overlay is not None:
-        return backend_at(
-            Backend.KUBERAY, arguments[OVERLAYS_NAMESPACE] or "", overlay=overlay_folder(overlay)
-        )
+        return backend_at(Backend.KUBERAY, arguments[OVERLAYS_NAMESPACE] or "", overlay=overlay)
     if address is not None:
         return backend_at(Backend.RAY, address, token_file=arguments[TOKEN_FILE])
     return backend_at(Backend.LOCAL)

@@ -11,8 +11,25 @@ from typing import Any
 
 import yaml
 
+from cluster.settings.code_folders import OVERLAYS, overlay_names
+from cluster.settings.parser import ConfigError
 from model.tables import pip_line
 from raymill.errors import UserError
+
+
+def overlay_folder(name: str) -> Path:
+    """Returns the folder of one of raymill's overlays by its name, or the named folder. Raises
+    `ConfigError`."""
+    for folder in (OVERLAYS / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    known = overlay_names()
+    choices = (
+        f"one of {', '.join(known)}, or the folder"
+        if known
+        else "there is no k8s/ here, so name the folder"
+    )
+    raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 
 
 def rendered_overlay(folder: Path, namespace: str | None = None) -> list[dict[str, Any]]:

@@ -40,3 +40,11 @@ def code_version() -> str:
                 path.relative_to(CODE_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
             )
     return digest.hexdigest()
+
+
+OVERLAYS = CODE_ROOT / "cluster" / "k8s" / "overlays"
+"""Kustomizations for kinds of clusters; by a link, so that a wheel has them too."""
+
+
+def overlay_names() -> list[str]:
+    return sorted(folder.name for folder in OVERLAYS.glob("*") if folder.is_dir())

@@ -15,6 +15,7 @@ class JobBackend(ABC):
     kind: Backend
     where: str
     folders: Folders
+    starts_in_parts = False  # `complete` ends a `start` that was interrupted
 
     def probe(self) -> None:  # noqa: B027 (this machine needs none)
         """Raises `ClusterError` if the place cannot be reached or refuses us."""
@@ -38,6 +39,11 @@ class JobBackend(ABC):
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Submits the job and returns the completed record. Raises `ClusterError`, and leaves no
         part of the job if the place still answers."""
+
+    def manifests(self, config: RunConfig, stage: str) -> list[dict[str, Any]] | None:
+        """Returns what `start` would apply to Kubernetes, None of a place that is none; `check` comes
+        first."""
+        return None
 
     def complete(self, config: RunConfig, record: JobRecord) -> None:  # noqa: B027 (most start a job by one request)
         """Does what an interrupted `start` of this job has left undone, and nothing if that is

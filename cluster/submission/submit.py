@@ -14,9 +14,9 @@ from cluster.storage.lease import living_holder
 from cluster.storage.process_identity import ProcessIdentity
 from cluster.storage.uris import Storage, storage_flag
 from cluster.submission.backend import JobBackend
-from cluster.submission.kuberay_backend import KubeJobs
 from cluster.submission.local_backend import LocalJobs
 from cluster.submission.record import Backend, JobRecord, JobState, read_record, write_record
+from cluster.wings import added
 from raymill.errors import UserError
 
 _SUBMITTING_S = 60.0
@@ -41,7 +41,7 @@ def backend_at(
     where: str = "",
     *,
     token_file: Path | None = None,
-    overlay: Path | None = None,
+    overlay: str | None = None,
 ) -> JobBackend:
     """Returns the backend of the kind at `where`. Ray and Kubernetes' client are imported only if
     it needs them."""
@@ -49,7 +49,12 @@ def backend_at(
         from cluster.submission.ray_backend import RayJobs  # noqa: PLC0415
 
         return RayJobs(JobsApi(where, ray_token(token_file)))
-    return KubeJobs(where or None, overlay) if backend is Backend.KUBERAY else LocalJobs()
+    if backend is Backend.KUBERAY:
+        for kube_jobs in added(lambda wing: wing.jobs):
+            jobs: JobBackend = kube_jobs(where or None, overlay)
+            return jobs
+        raise UserError("this raymill runs no job on Kubernetes: cluster/kube is not there")
+    return LocalJobs()
 
 
 def living_job(config: RunConfig, stage: str, token_file: Path | None) -> JobView | None:

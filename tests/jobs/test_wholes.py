@@ -9,9 +9,9 @@ import yaml
 
 from cluster.cli import main
 from cluster.kube.kustomize import rendered_overlay
+from cluster.kube.rayjob import rayjob
 from cluster.settings.flags import read_config
 from cluster.settings.run import RunConfig
-from cluster.submission.rayjob import rayjob
 from jobs.plan.memory import worker_needs
 from tests.repository import REPOSITORY
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.kube.rayjob import RUN_LABEL, rayjob, rayjob_name
 from cluster.submission.preflight import AdmissionError
-from cluster.submission.rayjob import RUN_LABEL, rayjob, rayjob_name
 from tests.k8s import life_rules, network_rules, operator_rules, security_rules
 from tests.k8s.kube_submission import run_config
 from tests.k8s.manifests import CRDS, pods, render

@@ -72,6 +72,7 @@ def test_the_whole_table__has_one_hash_of_raymills_and_six_of_each_peer() -> Non
     assert most - least < 1e-4
 
 
+@pytest.mark.more
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu__each_way_says_why_it_does_not_run(tmp_path: Path) -> None:
     file = tmp_path / "table.json"

@@ -4,10 +4,7 @@ there."""
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from cluster.commands.arguments import (
     COMPONENT,
@@ -26,9 +23,8 @@ from cluster.commands.arguments import (
     SUSPEND,
 )
 from cluster.commands.command import Arguments, Result
-from cluster.commands.completion import OVERLAYS, overlays
 from cluster.kube import status as kube
-from cluster.kube.kustomize import rendered_overlay
+from cluster.kube.kustomize import overlay_folder, rendered_overlay
 from cluster.kube.leftovers import PART_OF_RAYMILL, kinds_of, leftovers, removal
 from cluster.kube.node_marks import (
     as_kubectl,
@@ -58,12 +54,7 @@ _PLATFORM = "platform"
 
 def render(arguments: Arguments) -> Result:
     everything = rendered_overlay(overlay_folder(arguments[OVERLAY]), arguments[OVERLAYS_NAMESPACE])
-    return shown_objects(_of_component(everything, arguments[COMPONENT]))
-
-
-def shown_objects(objects: list[kube.Object], **fields: Any) -> Result:
-    """Returns the objects with `fields`, to be printed as the objects' YAML."""
-    return Result({**fields, "objects": objects}, text=yaml.safe_dump_all(objects, sort_keys=False))
+    return Result.of_manifests(_of_component(everything, arguments[COMPONENT]))
 
 
 def apply(arguments: Arguments) -> Result:
@@ -272,20 +263,6 @@ def _of_component(objects: list[kube.Object], component: str | None) -> list[kub
         known = sorted(filter(None, set(map(kube.component_of, objects))))
         raise ConfigError(f"unknown component {component!r}; expected one of {', '.join(known)}")
     return chosen
-
-
-def overlay_folder(name: str) -> Path:
-    """Returns the folder of one of raymill's overlays by its name, or the named folder."""
-    for folder in (OVERLAYS / name, Path(name)):
-        if folder.is_dir():
-            return folder
-    known = overlays()
-    choices = (
-        f"one of {', '.join(known)}, or the folder"
-        if known
-        else "there is no k8s/ here, so name the folder"
-    )
-    raise ConfigError(f"unknown overlay {name!r}, expected {choices} of your own kustomization")
 
 
 def _api(namespace: str | None) -> "KubeApi":

@@ -155,6 +155,7 @@ def test_a_document_that_stayed__is_found(office: Office, former: RunPlan) -> No
     assert "does not name 1 of the documents that are left out" in office.problems()
 
 
+@pytest.mark.more
 def test_a_hole_elsewhere__is_found(office: Office, former: RunPlan) -> None:
     """The list has the document's hash, at another one's place."""
     asked = office.forgotten.asked
@@ -166,6 +167,7 @@ def test_a_hole_elsewhere__is_found(office: Office, former: RunPlan) -> None:
     assert f"the document {book.sha256[:12]}… stayed: it does not lie at" in dishonest.problems()
 
 
+@pytest.mark.more
 def test_a_hole_in_a_part_of_a_document__is_found(office: Office) -> None:
     from jobs.tokens.shard_reader import Piece, read_piece
     from jobs.tokens.token_store import read_manifest
@@ -187,6 +189,7 @@ def test_a_hole_in_a_part_of_a_document__is_found(office: Office) -> None:
     assert "leaves out a part of a document" in dishonest.problems()
 
 
+@pytest.mark.more
 def test_a_step_that_was_not_taken_again__is_found(office: Office) -> None:
     """The run goes on from a checkpoint that has read the document."""
     asked = office.forgotten.asked

@@ -129,6 +129,7 @@ def test_a_run__is_not_resumed_with_other_documents_left_out(forgotten: Forgotte
     assert changed.startswith("data.forgotten was ")
 
 
+@pytest.mark.more
 def test_a_second_request__is_joined_with_the_first(former: RunPlan, forgotten: Forgotten) -> None:
     """The run that has forgotten one document forgets others too: as both at once."""
     others = some_documents(former, seed=1, num_documents=3)

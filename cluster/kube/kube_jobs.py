@@ -1,17 +1,16 @@
 """Jobs as RayJobs on Kubernetes, each with a Ray cluster of its own."""
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from cluster.kube.kustomize import rendered_overlay
+from cluster.kube.kustomize import overlay_folder, rendered_overlay
+from cluster.kube.rayjob import rayjob, rayjob_name
 from cluster.kube.status import RAY, Object, has_ended, run_of
 from cluster.local.jobs_api import ClusterError
 from cluster.settings.parser import ConfigError
 from cluster.settings.run import RunConfig
 from cluster.submission.backend import JobBackend
 from cluster.submission.preflight import Folders
-from cluster.submission.rayjob import rayjob, rayjob_name
 from cluster.submission.record import Backend, JobRecord, JobState
 
 
@@ -20,10 +19,13 @@ class KubeJobs(JobBackend):
     `namespace`, or if that is None into its own, which has to be `raymill`. Raises `UserError`
     without Kubernetes' client."""
 
-    def __init__(self, namespace: str | None, overlay: Path | None = None) -> None:
+    starts_in_parts = True
+
+    def __init__(self, namespace: str | None, overlay: str | None = None) -> None:
         from cluster.kube.client import KubeApi  # noqa: PLC0415 (its client is an extra)
 
-        self._api, self._overlay, self._namespace = KubeApi(namespace), overlay, namespace
+        self._overlay = None if overlay is None else overlay_folder(overlay)
+        self._api, self._namespace = KubeApi(namespace), namespace
         self.kind, self.where, self.folders = Backend.KUBERAY, self._api.namespace, Folders.NONE
         self._needs: dict[str, Any] = {}
 
@@ -32,14 +34,13 @@ class KubeJobs(JobBackend):
 
     def check(self, config: RunConfig, stage: str, needs: dict[str, Any]) -> None:
         self._needs = needs
-        job, _ = self.objects(config, stage, number=1)
+        job, _ = self.manifests(config, stage)
         if (namespace := job["metadata"]["namespace"]) != self._api.namespace:
             raise ConfigError(
                 f"the overlay's namespace is {namespace}, not {self._api.namespace}: give -n {namespace}"
             )
 
-    def objects(self, config: RunConfig, stage: str, *, number: int) -> list[Object]:
-        """Returns what `start` applies; `check` comes first."""
+    def manifests(self, config: RunConfig, stage: str, *, number: int = 1) -> list[Object]:
         assert self._overlay is not None, "submitting takes an overlay"
         name = self.name(str(config.run_id), number)
         return rayjob(
@@ -56,7 +57,7 @@ class KubeJobs(JobBackend):
     def start(self, config: RunConfig, record: JobRecord) -> JobRecord:
         """Applies the job first: it owns its settings, so Kubernetes removes them with it; its pods
         wait for them."""
-        job, settings = self.objects(config, record.stage, number=record.number)
+        job, settings = self.manifests(config, record.stage, number=record.number)
         try:
             made = self._api.apply(job)
             # By force: `complete` may have been faster
@@ -73,7 +74,7 @@ class KubeJobs(JobBackend):
         if made is None:
             self.start(config, record)
         elif not has_ended(made):
-            _, settings = self.objects(config, record.stage, number=record.number)
+            _, settings = self.manifests(config, record.stage, number=record.number)
             self._api.create(_owned(settings, made))
 
     def may_be_there(self, record: JobRecord) -> bool:
