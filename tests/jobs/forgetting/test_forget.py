@@ -4,6 +4,7 @@ documents, and of one that never saw them; what cannot be forgotten is refused i
 import json
 import random
 import shutil
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from tests.jobs.forgotten_runs import (
 )
 from tests.jobs.mapped_runs import mapped_plan
 from tests.jobs.poisoned_runs import run_world
-from tests.jobs.runs import final_hash
+from tests.jobs.runs import final_hash, make_text
 
 BOOK = "books/1.txt"
 
@@ -167,6 +168,26 @@ def test_the_price__is_that_of_the_steps_to_take_again(former: RunPlan) -> None:
     assert found.plan.price.hours == pytest.approx(sum(took) / 3600)
     assert found.plan.price.dollars == pytest.approx(sum(took) / 3600 * 3.0)
     assert all(step_of(name) < found.plan.first_step for name in found.plan.stays)
+
+
+@pytest.mark.more
+def test_short_documents_of_one_epoch__cost_what_the_formula_says(tmp_path: Path) -> None:
+    """k documents anywhere in a run leave 1/(k+1) of it before the first, on average."""
+    texts = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"{n} {make_text(5, seed=n)}"}) for n in range(400)]
+    texts.write_text("\n".join(lines) + "\n")
+    train = {"max_tokens": 4500, "global_batch_size": 2}
+    train |= {"batch_ramp_start": None, "batch_ramp_tokens": 0}
+    plan = mapped_plan(tmp_path, train=train, data={"source": [str(texts)]})
+    run_world(plan)
+    for count in (1, 4):
+        shares = []
+        for seed in range(40):
+            documents = some_documents(plan, seed=100 * count + seed, num_documents=count)
+            found = forgetting(plan.run, ForgetRequest(documents), price=None).plan
+            shares.append(found.steps_again / found.of_steps)
+        error = statistics.stdev(shares) / len(shares) ** 0.5
+        assert abs(statistics.mean(shares) - count / (count + 1)) < 4 * error
 
 
 def held_out_of(former: RunPlan) -> str:
