@@ -27,7 +27,7 @@ def gone_nodes(node_ids: Iterable[str]) -> set[str]:
     return {node_id for node_id in node_ids if not _answers(known.get(node_id))}
 
 
-def wait_until_known(gone: set[str], *, timeout_s: float) -> None:
+def wait_until_known(gone: set[str], *, timeout_s: float = 20.0) -> None:
     """Waits until the head knows that these nodes have died, so that it plans nothing on them, or
     until time is up."""
     deadline_s = time.monotonic() + timeout_s

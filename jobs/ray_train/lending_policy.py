@@ -12,6 +12,7 @@ from ray.train.v2.api.config import ScalingConfig
 
 from cluster.storage.lending import Lender
 from cluster.storage.uris import Storage
+from jobs.ray_train.cluster_view import gone_nodes, wait_until_known
 from jobs.ray_train.worker_count import WorkerCount, workers_to_run
 from jobs.run.storage_retry import patiently
 from jobs.workers.incident_notes import note
@@ -71,11 +72,16 @@ class LendingPolicy(ElasticScalingPolicy):
         return decision
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
+        unusable = self._left_out
+        if not self._num_running and (gone := gone_nodes(reserved_resources)):
+            # A group would wait in vain for a node that has died since the head last asked it
+            wait_until_known(gone)
+            unusable = unusable | gone
         config = self.scaling_config
         free = ray.available_resources()
         needs = config._resources_per_worker_not_none
         self._count = workers_to_run(
-            super()._count_possible_workers(_without(reserved_resources, self._left_out)),
+            super()._count_possible_workers(_without(reserved_resources, unusable)),
             num_lent=self._lender.num_lent(),
             min_workers=config.min_workers,
             max_workers=config.max_workers,

@@ -13,6 +13,8 @@ import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -22,6 +24,7 @@ from ray.train.v2._internal.execution.callback import (
     ReplicaGroupCallback,
     WorkerGroupCallback,
 )
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util import placement_group_table, remove_placement_group
@@ -35,7 +38,6 @@ from jobs.workers.round_end import RoundEnd
 
 _NO_PLACE_S = 6.0
 _STUCK_S = 15.0
-_DEATH_KNOWN_S = 20.0
 # At most: the others leave a step within two seconds, and then copy what no snapshot has
 _RESCUE_S = 30.0
 _POLL_S = 0.5
@@ -70,6 +72,7 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         self._is_elastic, self._address = is_elastic, address
         # Of the newest group; none yet, as an event does not travel to the controller
         self._ended: threading.Event | None = None
+        self._is_training = False
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good
@@ -85,7 +88,9 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         if not gone and not any(is_lost_node(error) for error in errors.values()):
             return
         self._let_survivors_rescue(lost=errors.keys())
-        wait_until_known(gone, timeout_s=_DEATH_KNOWN_S)
+        # Spot nodes go together: others may have died since
+        gone |= gone_nodes({worker.metadata.node_id for worker in workers})
+        wait_until_known(gone)
         renew_view()
         _end_all(worker_group_status, "Connection closed: the node of another worker has died")
 
@@ -124,13 +129,16 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         """Watches the placement group: Ray Train would wait forever for a replacement's place,
         though a smaller group could train."""
         self._worker_group = worker_group
-        self._ended = threading.Event()
+        self._ended, self._is_training = threading.Event(), False
         if not self._is_elastic:
             return
         place = worker_group.get_worker_group_state().placement_group_handle.placement_group
         threading.Thread(
             target=_watch, args=(place, self._ended), name="node-losses", daemon=True
         ).start()
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._is_training = True
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._end_watch()
@@ -142,11 +150,18 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         if self._ended is not None:
             self._ended.set()
 
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._give_back_forgotten()
+
     async def before_controller_shutdown(self) -> None:
+        self._give_back_forgotten()
+
+    def _give_back_forgotten(self) -> None:
         """Gives back the places of a group that Ray Train forgets: one that lost a worker while its
-        workers were told to train. The next controller would find these places taken."""
-        if self._ended is not None and not self._ended.is_set():
-            self._ended.set()
+        workers were told to train. The next group would find these places taken."""
+        is_forgotten = self._ended is not None and not self._ended.is_set()
+        if is_forgotten and not self._is_training:
+            self._end_watch()
             state = self._worker_group.get_worker_group_state()
             remove_placement_group(state.placement_group_handle.placement_group)
 
@@ -175,6 +190,18 @@ def _watch(place: Any, ended: threading.Event) -> None:
                 finally:
                     os._exit(1)
             return
+
+
+class StartLosses(DefaultFailurePolicy):
+    """Ray Train's own policy, which ends its controller if a worker dies between its start and its
+    first step. Here such a group is planned again, as after any other loss."""
+
+    def _is_retryable_error(self, training_failed_error: Any) -> bool:
+        is_of_start = isinstance(training_failed_error, ControllerError) and isinstance(
+            training_failed_error.controller_failure, RayActorError
+        )
+        is_retryable: bool = super()._is_retryable_error(training_failed_error)
+        return is_of_start or is_retryable
 
 
 class LeftOutNodes(ControllerCallback):
@@ -222,6 +249,7 @@ class Trainer(TorchTrainer):
         self._storage, self._run, self._counts = storage, run, counts
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        parts["failure_policy"] = StartLosses(parts["failure_policy"].failure_config)
         stock = parts["scaling_policy"]
         if isinstance(stock, ElasticScalingPolicy):
             parts["scaling_policy"] = LendingPolicy(

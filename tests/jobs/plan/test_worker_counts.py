@@ -92,6 +92,7 @@ def test_counts_to_run__are_all_where_there_is_no_choice(scaling: dict[str, Any]
             {"min_workers": 60},
             r"scaling.min_workers 60 rules out the 56 that are whole groups \(0.565 s a step\)",
         ),
+        (15, {"min_workers": 8}, "An elastic run uses them all"),
         (63, {"shard_group": None}, None),
     ],
 )
@@ -129,9 +130,15 @@ def test_uneven_groups__say_what_a_run_does_on_unknown_hardware() -> None:
         ),
         ([{"GPU": 1.0, "accelerator_type:H20": 1.0}], None),  # in no table
         ([{"GPU": 1.0}], None),
+        ([{"CPU": 8.0, "accelerator_type:H100": 1.0}], None),  # a head without the GPU itself
         ([{"CPU": 8.0}], None),
         ([], None),
     ],
 )
 def test_hardware_of(nodes: list[dict[str, float]], found: PlanConfig | None) -> None:
     assert hardware_of(nodes) == found
+
+
+def test_the_least_number_of_workers__may_be_whole_groups() -> None:
+    counts = counts_to_run(run_of_64(min_workers=56), None)
+    assert counts == dict.fromkeys(range(57, 64), 56)

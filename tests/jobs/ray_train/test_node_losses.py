@@ -34,6 +34,7 @@ SETTLED_STEPS = 12  # of an attempt, after which snapshots have their interval
 class Loss(NamedTuple):
     delay_s: float  # after the line of a step
     is_cut_off: bool
+    next_s: float | None = None  # after which the node of rank 2 is killed too
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,9 @@ class Losses(threading.Thread):
             for process in processes:
                 if process.is_running():
                     process.kill()
+            if loss.next_s is not None:
+                time.sleep(loss.next_s)
+                self._cluster.kill_node(start["workers"][2]["node"])
         self._settled(after=attempt)
         self._run.write_bytes(STOP_REQUESTED, b"")
 
@@ -111,13 +115,34 @@ def lost_steps(ledger: Ledger) -> list[int]:
 def test_a_lost_node_costs_no_completed_step(
     connection: Connection, tmp_path: Path, losses: list[Loss], sharding: dict[str, Any]
 ) -> None:
+    ledger = disturbed(connection, tmp_path, losses, sharding)
+    assert [start["from_memory"] for start in ledger.events("start")] == [False] + [True] * len(
+        losses
+    )
+    assert lost_steps(ledger) == [0] * len(losses)
+
+
+@pytest.mark.parametrize("next_s", [0.2, 1.5, 4.0])
+def test_nodes_that_go_one_after_another__end_no_run(
+    connection: Connection, tmp_path: Path, next_s: float
+) -> None:
+    """The second one goes while the others begin again, as spot nodes do."""
+    ledger = disturbed(connection, tmp_path, [Loss(0.0, False, next_s)], {})
+    assert len(ledger.events("start")) >= 2
+    assert not any(lost_steps(ledger))
+
+
+def disturbed(
+    connection: Connection, folder: Path, losses: list[Loss], sharding: dict[str, Any]
+) -> Ledger:
+    """Trains a run that loses nodes, until it is stopped after the last loss."""
     cluster = connection.local
     assert cluster is not None
     while len(cluster.node_names) < NUM_NODES + 1:
         cluster.add_node()
-    number_texts(tmp_path / "corpus")
+    number_texts(folder / "corpus")
     config = tiny_run(
-        tmp_path,
+        folder,
         "losses",
         num_steps=100_000,
         eval_every_steps=1_000,
@@ -132,8 +157,4 @@ def test_a_lost_node_costs_no_completed_step(
     with pytest.raises(StageFailedError, match="has stopped, as requested"):
         run_stage(connection, "jobs.pretrain", config)
     thread.join()
-    ledger = ledger_of(config)
-    assert [start["from_memory"] for start in ledger.events("start")] == [False] + [True] * len(
-        losses
-    )
-    assert lost_steps(ledger) == [0] * len(losses)
+    return ledger_of(config)

@@ -15,6 +15,7 @@ from jobs.ray_train.worker_count import WorkerCount, workers_to_run
         (4, 9, 4, 0, 2),  # never below min_workers
         (4, 0, 3, 0, 3),  # the loan is over, and its place is not free yet
         (4, 0, 3, 1, 4),
+        (4, 0, 1, 1, 2),
         (4, 0, 0, 0, 4),  # no group: what ends makes room
         (1, 0, 2, 0, 1),  # Ray Train itself refuses fewer than min_workers
     ],

@@ -177,6 +177,20 @@ def test_a_source_of_hardly_any_weight_still_gets_its_turn() -> None:
     assert np.bincount(sources).tolist() == [1, 5000, 4999]
 
 
+def test_the_pattern_is_pinned() -> None:
+    """Its length decides which sample takes which row."""
+    assert counts_of_sources((0.7, 0.3)).tolist() == [7000, 3000]
+    assert counts_of_sources((1.0,) * 2000).tolist() == [10] * 2000
+    # What tiny sources take, the largest give by halves, one after another
+    counts = counts_of_sources((1.0,) * 20 + (1e-9,) * 10_000).tolist()
+    assert counts[:20] == [2505] * 3 + [2541] + [5009] * 16
+    assert counts[20:] == [1] * 10_000
+
+
+def test_epochs_are_counted_over_many_periods_of_the_pattern() -> None:
+    assert SampleOrder(0, 100, (1000, 1000), (0.5, 0.5)).num_epochs(1, 30_000) == 15
+
+
 @pytest.mark.parametrize(
     "weights",
     [

@@ -126,6 +126,15 @@ def test_losses_that_hardly_differ_make_no_spike_of_the_next_one() -> None:
     assert judge(state, 65, loss=3.019, config=config).verdict is Verdict.SKIP
 
 
+def test_a_loss_at_the_bound__is_no_spike_yet() -> None:
+    """A median of 4 and a median deviation of 1, which floats have exactly: the bound is 10."""
+    config = policy(spike_factor=6.0)
+    state = GuardState(last_applied=64, losses=(3.0, 5.0) * (SPIKE_WINDOW // 2))
+    assert judge(state, 65, loss=10.0, config=config).verdict is Verdict.APPLY
+    above = math.nextafter(10.0, math.inf)
+    assert judge(state, 65, loss=above, config=config).verdict is Verdict.SKIP
+
+
 @given(
     bad=st.sets(st.integers(1, 60), max_size=30),
     kept=st.sets(st.integers(1, 12).map(lambda n: 5 * n)),
