@@ -7,6 +7,7 @@ import pytest
 from jobs.exact.audits.audit import Audit, Shown
 from jobs.exact.audits.excerpt import Repeated, ShownSum
 from jobs.sentinel.verdict import (
+    Corruption,
     Turn,
     Undecided,
     What,
@@ -69,6 +70,15 @@ def test_two_workers_that_each_repeat_their_answer_cannot_be_told_apart() -> Non
     assert not verdict.corruptions
 
 
+def test_a_turn_that_stays_open__leaves_the_next_one_to_be_decided() -> None:
+    audit, rows = Audit(turns=[0, 0], subjects=[1, 0]), [shown(own=WRONG), shown(own=WRONG)]
+    disputed = disputed_turns(audit, rows)
+    assert disputed == [Turn(0, 0), Turn(1, 0)]
+    verdict = of_turns(audit, rows, disputed, [[WRONG, RIGHT], [RIGHT, RIGHT]])
+    assert verdict.undecided == [Undecided(What.GRADIENT, {0: WRONG, 1: RIGHT})]
+    assert [(at.rank, at.turn) for at in verdict.corruptions] == [(1, Turn(1, 0))]
+
+
 def test_a_copy_that_differs_from_the_others_is_wrong() -> None:
     rows = [shown(), shown(values=5), shown(vectors=6)]
     found = of_copies(rows, holders=ONE_COPY_EACH).corruptions
@@ -92,6 +102,7 @@ def test_of_two_copies_the_steps_taken_again_name_the_wrong_one() -> None:
     assert (corruption.rank, corruption.shown, corruption.right) == (0, 5, 1)
     later = [shown(values=7), shown(values=7)]
     assert named_later(What.WEIGHTS, {0: 5, 1: 1}, later) == [], "one has made the other one wrong"
+    assert named_later(What.WEIGHTS, {0: 5, 1: 1}, [shown()]) == [], "rank 1 is gone"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +114,8 @@ def test_of_two_copies_the_steps_taken_again_name_the_wrong_one() -> None:
         (["", "a"], "xx", [0], 0),
         (["a", "b"], "xx", [], 1),
         (["a", "b"], "xy", [], 0),  # unlike hardware promises nothing
+        (["a", "b", "c", "c", "d"], "xxyyy", [4], 1),  # each kind has a verdict of its own
+        (["", ""], "xx", [0, 1], 0),
     ],
 )
 def test_self_tests_of_equal_hardware_must_agree(
@@ -111,6 +124,11 @@ def test_self_tests_of_equal_hardware_must_agree(
     verdict = of_self_tests(hashes, [*kinds])
     assert [corruption.rank for corruption in verdict.corruptions] == wrong
     assert len(verdict.undecided) == undecided
+
+
+def test_a_self_test_that_differs__is_shown_by_its_hash_and_counts_as_repeated() -> None:
+    [corruption] = of_self_tests(["a1", "b2", "a1"], [*"xxx"]).corruptions
+    assert corruption == Corruption(What.SELF_TEST, 1, 0xB2, 0xA1, repeats=True, votes=(2, 1))
 
 
 @pytest.mark.parametrize(
@@ -151,8 +169,16 @@ def test_the_first_wrong_sum_is_to_blame(wrong: list[ShownSum], rank: int) -> No
     assert (corruption.shown, corruption.right, corruption.repeats) == (WRONG, RIGHT, False)
 
 
-def test_wrong_sums_at_different_places_have_different_culprits() -> None:
-    first, second = noted(0, range(2), span=Span(0, 8)), noted(1, range(4), span=Span(8, 16))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (noted(0, range(2), span=Span(0, 8)), noted(1, range(4), span=Span(8, 16))),
+        (noted(0, range(2)), noted(1, range(4, 8))),
+    ],
+)
+def test_wrong_sums_at_different_places_have_different_culprits(
+    first: ShownSum, second: ShownSum
+) -> None:
     shown = [replace(first, checksum=WRONG), replace(second, checksum=WRONG)]
     verdict = of_repeated(What.SUM, Repeated(shown, [[RIGHT] * 3, [RIGHT] * 3]))
     assert [corruption.rank for corruption in verdict.corruptions] == [0, 1]
@@ -179,3 +205,11 @@ def test_two_that_add_up_differently_cannot_be_told_apart() -> None:
     verdict = of_repeated(What.SUM, Repeated([noted(1, range(2))], [[RIGHT, WRONG]]))
     assert not verdict.corruptions
     assert verdict.undecided == [Undecided(What.SUM, {0: RIGHT, 1: WRONG})]
+
+
+def test_of_several_open_sums__the_first_is_told__beside_those_that_are_decided() -> None:
+    sums = [noted(1, range(2)), noted(0, range(2, 4)), noted(1, range(4, 6), checksum=WRONG)]
+    answers = [[RIGHT, WRONG], [OTHER, RIGHT], [RIGHT, RIGHT]]
+    verdict = of_repeated(What.SUM, Repeated(sums, answers))
+    assert verdict.undecided == [Undecided(What.SUM, {0: RIGHT, 1: WRONG})]
+    assert [corruption.rank for corruption in verdict.corruptions] == [1]

@@ -46,6 +46,7 @@ def corruption(way: WayBack | None, *, generation: int = 1, attempt: int = 1) ->
         (THREE, 100, WayBack(200, THREE[2], 100)),
         (THREE, 101, WayBack(100, THREE[2], 101)),
         (THREE, 250, WayBack(0, THREE[2], 250)),
+        ([Proof(299, "b"), THREE[2]], 1, WayBack(299, THREE[2])),
     ],
 )
 def test_the_way_back_has_enough_steps_to_compare(
@@ -62,6 +63,7 @@ def test_a_wrong_copy_is_older_than_no_audit_that_found_all_copies_alike(
 
 
 def test_steps_are_compared_until_a_worker_so_often_wrong_must_be_wrong_in_one() -> None:
+    assert steps_to_compare(num_audits=1, num_wrong=1, turns_per_step=4) == 3
     assert steps_to_compare(num_audits=1, num_wrong=2, turns_per_step=4) == 3
     assert steps_to_compare(num_audits=200, num_wrong=2, turns_per_step=4) == 250
 
@@ -69,11 +71,13 @@ def test_steps_are_compared_until_a_worker_so_often_wrong_must_be_wrong_in_one()
 def test_audits_count_from_the_start_in_which_a_node_joined() -> None:
     lines = [
         {"event": "start", "step": 0, "workers": [{"node": "a"}]},
+        {"step": 1},
         {"event": "start", "step": 60, "workers": [{"node": "a"}, {"node": "b"}]},
     ]
     assert audits_of_node(lines, "a", step=100, every_steps=10) == 10
     assert audits_of_node(lines, "b", step=100, every_steps=10) == 4
     assert audits_of_node(lines, "c", step=100, every_steps=10) == 1
+    assert audits_of_node(lines, "b", step=100, every_steps=50) == 1, "that of its first steps"
 
 
 def test_checkpoints_behind_which_the_run_went_back_do_not_count() -> None:
@@ -92,6 +96,13 @@ def test_checkpoints_behind_which_the_run_went_back_do_not_count() -> None:
     assert way.covers(300, generation=1)
     assert not way.covers(300, generation=2)
     assert not way.covers(200, generation=1)
+
+
+def test_checkpoints_count_from_step_1_on__and_each_way_back_takes_its_own() -> None:
+    lines = [checkpoint(0), checkpoint(1, "a"), checkpoint(3)]
+    assert checkpoints_of(lines[:2], range(9)) == [Proof(1, "a")]
+    lines += [corruption(WayBack(1)), corruption(WayBack(3))]
+    assert checkpoints_of(lines, range(9)) == [Proof(1, "a")]
 
 
 def test_a_proof_is_owed_until_it_is_proven_or_refuted() -> None:
@@ -132,6 +143,12 @@ def test_a_run_that_goes_back_again_and_again_without_a_new_step_stops() -> None
     assert why_no_further([*lines, {"event": "gave_up"}]) is None
 
 
+def test_the_first_step_gets_a_run_further_too() -> None:
+    lines: list[dict[str, Any]] = [undecided(attempt, to_step=0) for attempt in range(8)]
+    assert "went back 8 times and got no further than step 0" in str(why_no_further(lines))
+    assert why_no_further([*lines, {"step": 1}]) is None
+
+
 def test_ways_back_of_workers_that_are_left_out_are_bounded_too() -> None:
     lines: list[dict[str, Any]] = [{"step": 6}]
     for attempt in range(1, MOST_WAYS_BACK + 1):
@@ -147,7 +164,8 @@ def test_ways_back_that_refute_go_further_each_time_and_do_not_count() -> None:
 
 def test_the_step_of_the_last_contradiction_is_audited_once_more() -> None:
     assert doubtful_step([{"step": 5}]) is None
-    assert doubtful_step([undecided(1), undecided(2) | {"step": 9}, {"step": 10}]) == 9
+    last = undecided(3) | {"step": 9}
+    assert doubtful_step([undecided(1), undecided(2), last, {"step": 10}]) == 9
 
 
 def test_the_nodes_of_the_last_step_are_those_of_the_attempt_that_took_it() -> None:

@@ -27,6 +27,7 @@ def test_a_prefix_is_shared_while_held_and_found_after_it_was_freed() -> None:
     assert shared is not None and (shared[0][:3], shared[1]) == (blocks[:3], 48)
     assert pool.usage == 0.5
     pool.release(blocks)
+    assert pool.usage == 0.4  # what is shared stays until its last holder lets go
     pool.release(shared[0])
     assert pool.usage == 0
     again = pool.allocate(50, prompt_ids=PROMPT)
