@@ -31,6 +31,7 @@ CALLBACK = f"{TRAIN}.execution.callback"
 GROUP = f"{TRAIN}.execution.worker_group"
 TRAINER = "ray.train.v2.api.data_parallel_trainer"
 POLICY = f"{TRAIN}.execution.scaling_policy.ElasticScalingPolicy"
+FAILURES = f"{TRAIN}.execution.failure_handling.DefaultFailurePolicy"
 COORDINATOR = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
 HTTP = "uvicorn.protocols.http.httptools_impl"
 PROTOCOL = f"{HTTP}.HttpToolsProtocol"
@@ -253,6 +254,31 @@ CANARIES = [
         "self controller_init_kwargs",
         TRAINER,
         "scaling_policy=",
+    ),
+    # jobs/ray_train/worker_backend.py: which errors of the controller begin a group again
+    Canary(
+        FAILURES,
+        None,
+        f"{TRAIN}.execution.failure_handling.factory",
+        "DefaultFailurePolicy(failure_config",
+    ),
+    Canary(
+        f"{FAILURES}._is_retryable_error",
+        "self training_failed_error",
+        FAILURES,
+        "self._is_retryable_error(training_failed_error)",
+    ),
+    Canary(
+        f"{CALLBACK}.ControllerCallback.before_controller_execute_failure_decision",
+        "self failure_decision",
+        f"{TRAIN}.execution.controller.controller",
+        '"before_controller_execute_failure_decision"',
+    ),
+    Canary(
+        f"{CALLBACK}.WorkerGroupCallback.after_worker_group_training_start",
+        "self worker_group",
+        f"{GROUP}.worker_group",
+        "callback.after_worker_group_training_start(self)",
     ),
     # jobs/ray_train/lending_policy.py
     Canary(

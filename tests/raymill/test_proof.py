@@ -39,6 +39,7 @@ def hashes(output: str) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.more
 def test_another_seed_in_one_row__shows_another_hash_and_ends_with_1() -> None:
     names = ("1 worker", "4, one killed, 3", "2 workers")
     done = proof(
