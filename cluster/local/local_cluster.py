@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -89,15 +90,21 @@ _LOCAL_RAY = {
 }
 """Environment of a local cluster besides."""
 
+_CHOSEN_BY_HAND = range(20000, 32768)
+"""Linux gives connections ports from 32768 on (ip_local_port_range), and other systems higher
+ones."""
+
 
 def free_port(promised: Collection[int] = ()) -> int:
     """Returns a TCP port of the loopback interface on which nothing listens, except the promised
-    ones."""
+    ones. It is of those that no connection is given by itself, so that it is still free when the
+    listener that it is meant for starts."""
     while True:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = int(listener.getsockname()[1])
-        if port not in promised:
+        port = _CHOSEN_BY_HAND.start + secrets.randbelow(len(_CHOSEN_BY_HAND))
+        if port in promised:
+            continue
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
             return port
 
 

@@ -15,12 +15,13 @@ import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
 import serving
+from cluster.local.local_cluster import free_port
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.http_bounds import install_bounds
 from serving.proxy.request_log import no_log
-from tests.serving.endpoint_parts import free_port, replica_app
+from tests.serving.endpoint_parts import replica_app
 
 MODEL = "bench"
 

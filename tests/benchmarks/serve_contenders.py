@@ -18,10 +18,10 @@ from typing import Any, Self
 
 import psutil
 
+from cluster.local.local_cluster import free_port
 from tests.benchmarks.http_load import MODEL, BenchError, Load, loaded
 from tests.benchmarks.serve_process import NUM_THREADS
 from tests.repository import REPOSITORY
-from tests.serving.endpoint_parts import free_port
 
 VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
 START_TIMEOUT_S = 600.0  # vLLM compiles when it starts for the first time

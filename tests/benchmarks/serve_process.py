@@ -36,9 +36,10 @@ def engine_config(dtype: str) -> EngineConfig:
 
 
 def serve_endpoint(folder: Path, dtype: str, settings: dict[str, dict[str, Any]]) -> None:
+    from cluster.local.local_cluster import free_port
     from cluster.settings.serve import ServeConfig
     from serving.app import run
-    from tests.serving.endpoint_parts import free_port, ray_cluster
+    from tests.serving.endpoint_parts import ray_cluster
 
     given = {"checkpoint": str(folder), "model_name": MODEL, "port": free_port()}
     replicas = {"threads_per_replica": NUM_THREADS} | settings.get("replicas", {})

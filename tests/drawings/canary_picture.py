@@ -16,6 +16,7 @@ import httpx
 import ray
 from ray import serve
 
+from cluster.local.local_cluster import free_port
 from cluster.monitoring.files import documents
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, EngineConfig, ServeConfig
@@ -28,7 +29,6 @@ from tests.drawings.dashboard_picture import draw
 from tests.local_ray import local_ray
 from tests.prometheus import prometheus
 from tests.serving.delivery_parts import Admin
-from tests.serving.endpoint_parts import free_port
 from tests.serving.tiny_models import write_model
 
 ADMIN_KEY = "sk-admin"

@@ -18,6 +18,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.serve import ServeConfig
 from serving.app import run
 from tests.benchmarks.bench_attempt_memory import picture_of_memory
@@ -26,7 +27,7 @@ from tests.drawings.canary_picture import picture_of_canary
 from tests.drawings.processes_picture import PICTURE, draw
 from tests.drawings.trace_picture import picture_of_trace
 from tests.repository import REPOSITORY
-from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.serving.endpoint_parts import ray_cluster
 from tests.serving.page_parts import say, set_settings
 
 IMAGES = REPOSITORY / "docs" / "images"

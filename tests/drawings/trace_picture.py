@@ -5,11 +5,11 @@ from pathlib import Path
 
 from playwright.sync_api import expect, sync_playwright
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.serve import ServeConfig
 from jobs.run.checkpoints import RunCheckpoints
 from serving.app import run
 from tests.jobs.planted_runs import BEGUN, learned_by_heart
-from tests.serving.endpoint_parts import free_port
 
 _KEY = "sk-picture"
 

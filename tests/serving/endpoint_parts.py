@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import json
 import re
-import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from ray import serve
 from starlette.types import ASGIApp
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.serve import ServeConfig
 from cluster.wings import added
 from serving.api.access import AccessRules, CurrentAccess
@@ -78,12 +78,6 @@ class Endpoints:
         self._result = run(config)
         self._config = config
         return self._result
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def metric(http: httpx.Client, name: str, **labels: str) -> float:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from cluster.local.local_cluster import free_port
 from tests.command_line import RAYMILL, environment
-from tests.serving.endpoint_parts import free_port
 from tests.time_limits import limit_s
 
 MODEL = "tiny"  # the name under which it is served

@@ -17,13 +17,14 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import EngineConfig, HttpConfig, ServeConfig
 from cluster.storage.registry import AUDIT, served_checkpoints
 from cluster.storage.uris import open_storage
 from serving.app import run
 from serving.proxy.request_log import FIELDS
-from tests.serving.endpoint_parts import children_with, free_port, ray_cluster
+from tests.serving.endpoint_parts import children_with, ray_cluster
 from tests.serving.otlp_receiver import Collector, Seen, collector
 from tests.serving.raw_http import read_to_end
 from tests.time_limits import limit_s

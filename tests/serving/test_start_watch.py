@@ -12,6 +12,7 @@ from ray.serve.schema import (
     DeploymentStatusOverview,
 )
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import ReplicaConfig, ServeConfig
 from raymill.errors import UserError
@@ -25,7 +26,7 @@ from serving.start_watch import (
     StartWatch,
     sight_of,
 )
-from tests.serving.endpoint_parts import children_with, free_port, ray_cluster
+from tests.serving.endpoint_parts import children_with, ray_cluster
 from tests.serving.serve_command import REPLICA
 from tests.waiting import wait_until
 

@@ -12,17 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.serve import EngineConfig, ServeConfig
 from model.gpt import GPT
 from model.text.tokenizer import Tokenizer
 from serving.app import run
-from tests.serving.endpoint_parts import (
-    children_with,
-    free_port,
-    loopback_server,
-    ray_cluster,
-    replica_app,
-)
+from tests.serving.endpoint_parts import children_with, loopback_server, ray_cluster, replica_app
 from tests.serving.load import End, Load, Outcome, greedy_asks, percentile
 from tests.serving.tiny_models import LONG_CONTEXT_TOKENS
 from tests.time_limits import slowness

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from ray import serve
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.run import StorageConfig
 from cluster.settings.serve import DeliveryConfig, ServeConfig
 from cluster.storage.registry import served_checkpoints
@@ -19,7 +20,7 @@ from model.text.tokenizer import Tokenizer
 from serving.app import build_app
 from tests.serving.adapter_parts import made_adapter, stored_base
 from tests.serving.delivery_parts import Admin, version
-from tests.serving.endpoint_parts import free_port, ray_cluster
+from tests.serving.endpoint_parts import ray_cluster
 from tests.serving.tiny_models import write_model
 from tests.serving.vllm_parts import installed, vllm_config, vllm_model
 from tests.time_limits import limit_s

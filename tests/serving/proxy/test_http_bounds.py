@@ -16,13 +16,13 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from cluster.local.local_cluster import free_port
 from cluster.settings.serve import HttpConfig
 from serving.protocol.tracing import NO_TRACER
 from serving.proxy import http_bounds
 from serving.proxy.front_door import FrontDoor
 from serving.proxy.http_bounds import PIECE_BYTES, BoundedHttpProtocol
 from serving.proxy.request_log import no_log
-from tests.serving.endpoint_parts import free_port
 from tests.serving.raw_http import drip, read_to_end
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
