@@ -30,13 +30,8 @@ from cluster.wings import added
 from jobs.corpus.listing import list_corpus
 from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
 from jobs.ray_train.callbacks import FailureRecorder, SignalListener
-from jobs.ray_train.worker_backend import (
-    Drains,
-    LeftOutNodes,
-    NodeLosses,
-    Trainer,
-    WorkerBackend,
-)
+from jobs.ray_train.node_losses import NodeLosses
+from jobs.ray_train.worker_backend import Drains, LeftOutNodes, Trainer, WorkerBackend
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.costs.budget import spent_in_words, why_over_budget
@@ -327,11 +322,13 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
     storage = open_storage(plan.config.storage.uri)
     is_elastic = scaling.min_workers < scaling.max_workers
     os.environ |= _RAY_TRAIN | (_ELASTIC_RAY_TRAIN if is_elastic else {})
+    recorder = FailureRecorder(plan)
+    least, most = scaling.min_workers, scaling.max_workers
     callbacks = [
-        FailureRecorder(plan),
+        recorder,
         SignalListener(),
         Drains(),
-        NodeLosses(is_elastic=is_elastic, address=address),
+        NodeLosses(recorder, least=least, most=most, address=address, counts=counts),
         LeftOutNodes(storage),
     ]
     return Trainer(

@@ -3,11 +3,11 @@ notices."""
 
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from ray.train import UserCallback, get_context
+from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 
@@ -16,6 +16,10 @@ from jobs.run.storage_retry import patiently
 from jobs.workers.failures import main_cause
 from jobs.workers.incident_notes import note
 from jobs.workers.preemption import Signals
+
+
+class VacantSeatError(Exception):
+    """No failure: it makes Ray Train start a worker in a vacant seat."""
 
 
 class FailureRecorder(UserCallback):
@@ -27,9 +31,14 @@ class FailureRecorder(UserCallback):
     def after_exception(
         self, run_context: Any, worker_exceptions: Mapping[int, BaseException]
     ) -> None:
-        rank, kind, reason = main_cause(
-            {rank: str(error) for rank, error in worker_exceptions.items()}
-        )
+        reasons = {
+            rank: str(error)
+            for rank, error in worker_exceptions.items()
+            if not isinstance(error, VacantSeatError)
+        }
+        if not reasons:
+            return
+        rank, kind, reason = main_cause(reasons)
         run = self._plan.run  # if its storage is out of reach, the controller must not stop
         write = partial(note, run, "failure", rank=rank, kind=kind, reason=reason)
         threading.Thread(
@@ -52,11 +61,12 @@ class SignalListener(WorkerCallback):
         signal.signal(signal.SIGTERM, lambda signum, frame: _sigterms.append(signum))
 
 
-def signals() -> Signals:
-    """Returns what this worker's process knows of its end."""
+def signals(seats: Collection[int]) -> Signals:
+    """Returns what this worker's process knows of its end, and of that of all who train, by their
+    seats."""
     info = get_train_context().preemption_context.preemption_info
     end_s = None
     if info is not None and info.deadline_ms:
-        stays = set(range(get_context().get_world_size())) - {*info.preempted_ranks}
+        stays = {*seats} - {*info.preempted_ranks}
         end_s = None if stays else info.deadline_ms / 1000
     return Signals(len(_sigterms), info, end_s)

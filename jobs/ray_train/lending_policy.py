@@ -7,7 +7,11 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+)
 from ray.train.v2.api.config import ScalingConfig
 
 from cluster.storage.lending import Lender
@@ -38,6 +42,8 @@ class LendingPolicy(ElasticScalingPolicy):
         self._storage, self._run, self._counts = storage, run, counts
         self._num_running = 0
         self._count = WorkerCount(0)
+        self.num_vacant = 0
+        self.num_seats: int | None = None
         self._left_out: set[str] = set()  # ids of nodes, as the storage had them at the last start
 
     def after_controller_start(self, train_run_context: Any) -> None:
@@ -53,9 +59,25 @@ class LendingPolicy(ElasticScalingPolicy):
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
+        if isinstance(decision, ResizeDecision) and not self._is_due(decision.num_workers):
+            return NoopDecision()
         return self._noted(decision)
 
+    def _is_due(self, num_workers: int) -> bool:
+        """Reports whether a running group is to start again with this number. One does not that only
+        loses nodes, or that gets back all that it has lost: its other workers go on
+        (`node_losses`)."""
+        config = self.scaling_config
+        num_trained = self._num_running - self.num_vacant
+        if num_workers > num_trained:
+            return not self.num_vacant or num_workers != self._num_running
+        most = max(config.max_workers - self._lender.num_lent(), config.min_workers)
+        return most < num_trained
+
     def make_decision_for_non_running_worker_group(self) -> Any:
+        num_seats, self.num_seats = self.num_seats, None
+        if num_seats is not None:
+            return self._get_resize_decision(num_seats)  # the same group: some of it is replaced
         self._num_running = 0
         self._left_out = left_out_ids(self._storage)
         return self._noted(super().make_decision_for_non_running_worker_group())
@@ -105,6 +127,14 @@ def _without(reserved_resources: Any, node_ids: Collection[str]) -> Any:
 
 _policies: list[LendingPolicy] = []
 """The policy of the controller whose process this is."""
+
+
+def tell_policy(*, num_vacant: int, num_seats: int | None) -> None:
+    """Tells the policy of this process's controller how many seats of the running group are vacant.
+    Where `num_seats` is a number, workers of the group are about to be replaced, and the group stays
+    as large."""
+    for policy in _policies:
+        policy.num_vacant, policy.num_seats = num_vacant, num_seats
 
 
 def give_back() -> None:

@@ -6,11 +6,8 @@ loaded: measured here, two thirds of a restart. The names from `_internal` belon
 torchft, which works the same way.
 """
 
-import os
-import sys
 import threading
-import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -22,25 +19,16 @@ from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallb
 from ray.train.v2._internal.execution.callback import (
     ControllerCallback,
     ReplicaGroupCallback,
-    WorkerGroupCallback,
 )
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
-from ray.util import placement_group_table, remove_placement_group
 
 from cluster.storage.uris import Storage
-from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
-from jobs.ray_train.lending_policy import LendingPolicy, give_back
-from jobs.workers.failures import is_left_out, is_lost_node
+from jobs.ray_train.lending_policy import LendingPolicy
+from jobs.ray_train.node_losses import NodeLosses
 from jobs.workers.left_out_nodes import left_out_ids, selector
-from jobs.workers.round_end import RoundEnd
 
-_NO_PLACE_S = 6.0
-_STUCK_S = 15.0
-# At most: the others leave a step within two seconds, and then copy what no snapshot has
-_RESCUE_S = 30.0
-_POLL_S = 0.5
 _SETTLED_S = 8.0
 
 
@@ -61,135 +49,6 @@ class WorkerBackend(TorchConfig):
     @property
     def backend_cls(self) -> type[_Backend]:
         return _Backend
-
-
-class NodeLosses(WorkerGroupCallback, ControllerCallback):
-    """Makes Ray Train plan again, with the living nodes, when a node died or a worker's place is
-    gone."""
-
-    def __init__(self, *, is_elastic: bool, address: str) -> None:
-        """The workers meet at the address."""
-        self._is_elastic, self._address = is_elastic, address
-        # Of the newest group; none yet, as an event does not travel to the controller
-        self._ended: threading.Event | None = None
-        self._is_training = False
-
-    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
-        """Ends the whole group with a node. While Ray Train replaces one worker, it fails for good
-        if another one that it takes for alive does not answer, as those of a dying node do not."""
-        errors = worker_group_status.errors
-        if not errors:
-            return
-        workers = self._worker_group.get_workers()
-        if any(is_left_out(error) for error in errors.values()):
-            _end_all(worker_group_status, "CorruptionError: another worker was found wrong")
-            return
-        gone = gone_nodes({workers[rank].metadata.node_id for rank in errors})
-        if not gone and not any(is_lost_node(error) for error in errors.values()):
-            return
-        self._let_survivors_rescue(lost=errors.keys())
-        # Spot nodes go together: others may have died since
-        gone |= gone_nodes({worker.metadata.node_id for worker in workers})
-        wait_until_known(gone)
-        renew_view()
-        _end_all(worker_group_status, "Connection closed: the node of another worker has died")
-
-    def _let_survivors_rescue(self, *, lost: Collection[int]) -> None:
-        """Returns once each worker on a living node has left its step and put the state of the last
-        completed one into its node's memory: it is about to end with the group, and may have the
-        only copy."""
-        workers = self._worker_group.get_workers()
-        group = self._worker_group.get_worker_group_state().placement_group_handle.placement_group.id.hex()
-        node_of_rank = {
-            rank: worker.metadata.node_id for rank, worker in enumerate(workers) if rank not in lost
-        }
-        deadline_s = time.monotonic() + _RESCUE_S
-        try:
-            round_end = RoundEnd(self._address, group=group, lost=lost)
-            while time.monotonic() < deadline_s:
-                staying = {
-                    rank: node
-                    for rank, node in node_of_rank.items()
-                    if not round_end.is_left_by(rank)
-                }
-                if not set(staying.values()) - gone_nodes(staying.values()):
-                    return
-                time.sleep(_POLL_S)
-        except RuntimeError as error:
-            sys.stderr.write(
-                f"the workers' meeting place does not answer, so they end without a rescue: {error}\n"
-            )
-            return
-        ranks = ", ".join(map(str, staying))
-        sys.stderr.write(
-            f"rank {ranks} did not leave its step within {_RESCUE_S:g} s after a node was lost\n"
-        )
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Watches the placement group: Ray Train would wait forever for a replacement's place,
-        though a smaller group could train."""
-        self._worker_group = worker_group
-        self._ended, self._is_training = threading.Event(), False
-        if not self._is_elastic:
-            return
-        place = worker_group.get_worker_group_state().placement_group_handle.placement_group
-        threading.Thread(
-            target=_watch, args=(place, self._ended), name="node-losses", daemon=True
-        ).start()
-
-    def after_worker_group_training_start(self, worker_group: Any) -> None:
-        self._is_training = True
-
-    def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        self._end_watch()
-
-    def before_worker_group_abort(self, worker_group_context: Any) -> None:
-        self._end_watch()
-
-    def _end_watch(self) -> None:
-        if self._ended is not None:
-            self._ended.set()
-
-    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
-        self._give_back_forgotten()
-
-    async def before_controller_shutdown(self) -> None:
-        self._give_back_forgotten()
-
-    def _give_back_forgotten(self) -> None:
-        """Gives back the places of a group that Ray Train forgets: one that lost a worker while its
-        workers were told to train. The next group would find these places taken."""
-        is_forgotten = self._ended is not None and not self._ended.is_set()
-        if is_forgotten and not self._is_training:
-            self._end_watch()
-            state = self._worker_group.get_worker_group_state()
-            remove_placement_group(state.placement_group_handle.placement_group)
-
-
-def _end_all(worker_group_status: Any, reason: str) -> None:
-    """Ends the whole group: Ray Train then plans all its workers' places again."""
-    for status in worker_group_status.worker_statuses.values():
-        status.error = status.error or RuntimeError(reason)
-
-
-def _watch(place: Any, ended: threading.Event) -> None:
-    lost_at: float | None = None
-    while not ended.wait(_POLL_S):
-        is_lost = placement_group_table(place)["state"] == "RESCHEDULING"
-        lost_at = (lost_at or time.monotonic()) if is_lost else None
-        if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
-            remove_placement_group(place)
-            if not ended.wait(_STUCK_S):
-                # Ray forgets a replacement that waits for a place that is removed: seen once. The
-                # launcher starts another controller.
-                sys.stderr.write(
-                    "the controller waits for a worker that never comes: it ends, to be replaced\n"
-                )
-                try:
-                    give_back()
-                finally:
-                    os._exit(1)
-            return
 
 
 class StartLosses(DefaultFailurePolicy):
@@ -262,4 +121,6 @@ class Trainer(TorchTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        wanted = [part for part in callbacks if not isinstance(part, DatasetsCallback)]
+        # First what decides which failures the others hear of
+        return sorted(wanted, key=lambda callback: not isinstance(callback, NodeLosses))

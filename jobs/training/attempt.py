@@ -37,6 +37,7 @@ from jobs.training.validation import Validator
 from jobs.workers.preemption import Notice, Notices
 from model.files.checkpoint_folder import Metadata
 from model.training.optimizer import learning_rate, portable_cosine
+from raymill.errors import LostPeerError
 from raymill.state.train_state import TrainState
 from raymill.workers.worker_group import WorkerGroup
 
@@ -88,6 +89,15 @@ class Attempt:
             cooldown_tokens=cooldown_tokens(config),
             cosine=portable_cosine if way_to_compute(config) == "portable" else math.cos,
         )
+
+    def enter(self, step: int) -> None:
+        """Raises `LostPeerError` where the round of the workers' meetings is over: one that trains
+        alone learns it from no message."""
+        meeting = self.group.meeting
+        meeting.progress.step = step
+        if meeting.aborted.is_set():
+            raise LostPeerError(f"step {step}: another worker comes")
+        self.notices.ask()
 
     def measure(self, step: int) -> AuditedStep | None:
         """Puts the gradient of the step's whole batch into the state's buffer. Returns its figures,

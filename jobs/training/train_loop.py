@@ -91,8 +91,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> End:
     while step <= attempt.plan.last_step:
         pulse.at(Place.STEP if step > attempt.first_step else Place.FIRST_STEP)
         pause("step")
-        attempt.group.meeting.progress.step = step
-        attempt.notices.ask()
+        attempt.enter(step)
         measured = attempt.measure(step)
         if measured is None:
             return End.WENT_BACK

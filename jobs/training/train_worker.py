@@ -24,6 +24,7 @@ from jobs.workers.heartbeat import WaitingPlaces, watched
 from jobs.workers.incident_notes import noting_user_errors, write_down
 from jobs.workers.rendezvous import FruitlessError, Rendezvous
 from jobs.workers.watchdog import Place, Waits
+from raymill.workers.worker_group import Meeting
 
 WAITING_PLACES: WaitingPlaces = {
     Waits.WORKERS: (torch.distributed,),
@@ -37,18 +38,14 @@ def train_worker(settings: dict[str, Any]) -> None:
     """Trains; `settings` hold the run's `plan` and the `address` of the launch's meeting place."""
     context, plan = ray.train.get_context(), settings["plan"]
     assert isinstance(plan, RunPlan)
-    rank, world_size, scaling = (
-        context.get_world_rank(),
-        context.get_world_size(),
-        plan.config.scaling,
-    )
+    seat, scaling = context.get_world_rank(), plan.config.scaling
     place = get_current_placement_group()
     assert place is not None, "Ray Train places its workers"
     with (
-        noting_user_errors(plan.run, rank=rank),
+        noting_user_errors(plan.run, rank=seat),
         watched(
             plan.run.uri,
-            rank=rank,
+            rank=seat,
             hang_timeout_s=scaling.hang_timeout_s,
             waiting_places=WAITING_PLACES,
         ) as pulse,
@@ -56,8 +53,8 @@ def train_worker(settings: dict[str, Any]) -> None:
         rendezvous = Rendezvous(
             settings["address"],
             group=place.id.hex(),
-            rank=rank,
-            world_size=world_size,
+            seat=seat,
+            num_seats=context.get_world_size(),
             use_gpu=scaling.use_gpu,
             is_waiting=lambda: Waits.WORKERS in pulse.beat().waits_for,
             progress=lambda: pulse.num_steps,
@@ -65,15 +62,24 @@ def train_worker(settings: dict[str, Any]) -> None:
             pulse=pulse,
             hang_timeout_s=scaling.hang_timeout_s,
         )
-        training = partial(
-            train, plan, rank=rank, world_size=world_size, pulse=pulse, signals=signals
-        )
+
+        def train_together(meeting: Meeting) -> None:
+            """Trains with the workers of this round."""
+            train(
+                plan,
+                rank=rendezvous.rank,
+                world_size=len(rendezvous.seats),
+                meeting=meeting,
+                pulse=pulse,
+                signals=partial(signals, rendezvous.seats),
+            )
+
         try:
-            while not rendezvous.attend(lambda meeting: training(meeting=meeting)):
+            while not rendezvous.attend(train_together):
                 pulse.at(Place.AROUND)
         except FruitlessError as error:
             pulse.at(Place.AROUND)
-            if rank == 0:
+            if rendezvous.rank == 0:
                 writer = RunWriter(plan)
                 patiently(lambda: write_down(plan.run, writer.ledger), "incidents")
                 writer.give_up(str(error))

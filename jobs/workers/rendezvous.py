@@ -1,9 +1,10 @@
-"""Connects the workers of a group: at its start, and again whenever one of them was lost and
-replaced.
+"""Connects the workers of a group: at its start, and again whenever one of them was lost or comes
+back.
 
 They meet in rounds. A round is over once any worker has lost another one. The next one begins when
-every rank has come: the workers that are left, with all that they have loaded, and the replacement
-that Ray Train started.
+all have come whose seats are not vacant (`seats`): the workers that are left, with all that they
+have loaded, and the replacement that Ray Train started where the lost one's node lives. Where a node
+was lost they meet as fewer ranks, and once more when a worker has taken its seat.
 """
 
 import gc
@@ -14,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
@@ -26,6 +27,7 @@ from jobs.workers.failures import is_lost_peer, one_line
 from jobs.workers.hang_watch import HangWatch
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.new_meeting import new_meeting
+from jobs.workers.seats import Seats
 from jobs.workers.watchdog import Hang
 from raymill.errors import OpenGroupError
 from raymill.workers.worker_group import Meeting
@@ -83,15 +85,19 @@ def meeting_place(host: str) -> Iterator[str]:
 
 
 class Rendezvous:
-    """One worker's connections to the others of its group."""
+    """One worker's connections to the others of its group, in the newest round that it has met."""
+
+    rank: int
+    seats: Sequence[int]
+    """The seats of all ranks."""
 
     def __init__(
         self,
         address: str,
         *,
         group: str,
-        rank: int,
-        world_size: int,
+        seat: int,
+        num_seats: int,
         use_gpu: bool = False,
         is_waiting: Callable[[], bool] = lambda: True,
         progress: Callable[[], int] = lambda: 0,
@@ -100,19 +106,21 @@ class Rendezvous:
         hang_timeout_s: float = 0.0,
     ) -> None:
         """`group` names the workers that Ray Train starts together, and a lost worker's replacement
-        gets the same name. `is_waiting` reports whether the training thread waits for other
+        gets the same name, and its seat. `is_waiting` reports whether the training thread waits for other
         workers. After `max_fruitless` rounds in a row without growth of the number `progress`, they
         meet no more. With `pulse` and a `hang_timeout_s` that is not 0 they judge together when all
         of them stand still, and whom they blame is ended through its pulse."""
         self._address, self._group = address, group
         self._store = self._open_store()
-        self._rank, self._world_size, self._use_gpu = rank, world_size, use_gpu
+        self._seat, self._all_seats, self._use_gpu = seat, range(num_seats), use_gpu
+        self.rank, self.seats = seat, self._all_seats
         self._is_waiting, self._progress, self._max_fruitless = is_waiting, progress, max_fruitless
         self._pulse, self._hang_timeout_s = pulse, hang_timeout_s
         self._id = secrets.token_hex(8)
+        self._has_met = False
+        self._table = Seats(self._store)
         self._store.compare_set("round", "", "0")
         self._store.compare_set(_FRUITLESS, "", json.dumps({"round": -1, "count": 0, "reason": ""}))
-        HangWatch.enter(self._store, rank)
 
     def _open_store(self) -> dist.Store:
         host, _, port = self._address.rpartition(":")
@@ -121,11 +129,14 @@ class Rendezvous:
         )
 
     def attend(self, work: Callable[[Meeting], object]) -> bool:
-        """Meets the others and does the work with them. Returns False when one of them was lost:
-        then meet again.
+        """Meets the others and does the work with them. Returns False when one of them was lost, or
+        comes back: then meet again. Returns True, without any work, where the others are done.
 
         Raises `FruitlessError`, in every rank, after too many meetings without progress."""
-        meeting, left = self._meet()
+        met = self._meet()
+        if met is None:
+            return True
+        meeting, left = met
         number = meeting.number
         before, reason = self._progress(), "another worker was lost"
         try:
@@ -147,17 +158,22 @@ class Rendezvous:
         finally:
             left.set()
         self._count(number, is_fruitless=self._progress() == before, reason=reason)
-        self._end(number)
+        self._table.end(number)
         gc.collect()  # the model and its buffers, which the error's traceback held
         # The abort gives the ranks that wait for this one's messages their error too.
         self._abort(meeting)
         self._within_bounds(dist.destroy_process_group)
         return False
 
-    def _meet(self) -> tuple[Meeting, threading.Event]:
-        """Returns the round, and the event that ends its watch."""
+    def _meet(self) -> tuple[Meeting, threading.Event] | None:
+        """Returns the round, and the event that ends its watch; None where the others have met for
+        the last time."""
         while True:
-            number = int(self._store.get("round"))
+            number = self._table.round()
+            if self._store.check([_by_all(number, "done")]):
+                return None
+            if not self._is_in(number):
+                continue
             fruitless = json.loads(self._store.get(_FRUITLESS))
             if fruitless["count"] >= self._max_fruitless:
                 raise FruitlessError(
@@ -167,16 +183,31 @@ class Rendezvous:
             # Where this rank's predecessor took part in the round, the others may not have noticed
             # its end.
             if (
-                self._store.compare_set(f"{number}/{self._rank}/came", "", self._id).decode()
+                self._store.compare_set(f"{number}/{self._seat}/came", "", self._id).decode()
                 != self._id
             ):
-                self._end(number)
+                self._table.end(number)
                 continue
             # Twice, because a worker that came may have died while it waited for the others.
             if self._all(number, "came") and self._all(number, "stayed"):
+                self._has_met = True
                 meeting, left = new_meeting(number), threading.Event()
                 if self._connect(meeting, left):
                     return meeting, left
+
+    def _is_in(self, number: int) -> bool:
+        """Takes this worker's place in the round. Where its seat is vacant, it begins another
+        one."""
+        vacant = self._table.vacant(number)
+        if self._seat in vacant:
+            if self._has_met:
+                self._end_process("was given up, as its node seemed to be lost")
+            self._table.take(self._seat)
+            return False
+        self.seats = [seat for seat in self._all_seats if seat not in vacant]
+        self.rank = self.seats.index(self._seat)
+        HangWatch.enter(self._store, self.rank)
+        return True
 
     def _all(self, number: int, what: str) -> bool:
         """Waits until every rank has said so; returns False when the round is over before that.
@@ -185,12 +216,12 @@ class Rendezvous:
         the ranks are counted, and the last one tells all. Thus a look costs two keys, for any
         number of ranks.
         """
-        is_said = f"{number}/{what} by all"
-        if self._store.add(f"{number}/{what}", 1) == self._world_size:
+        is_said, world_size = _by_all(number, what), len(self.seats)
+        if self._store.add(f"{number}/{what}", 1) == world_size:
             self._store.set(is_said, "")
-        pause_s = max(_POLL_S, 2 * self._world_size / _LOOK_UPS_PER_S)
+        pause_s = max(_POLL_S, 2 * world_size / _LOOK_UPS_PER_S)
         while not self._store.check([is_said]):
-            if int(self._store.get("round")) != number:
+            if self._table.round() != number:
                 return False
             time.sleep(pause_s)
         return True
@@ -202,14 +233,14 @@ class Rendezvous:
             target=self._watch, args=(meeting, left), name="rendezvous", daemon=True
         ).start()
         os.environ |= _RECONNECTED
-        ranks = range(self._world_size)
+        ranks = range(len(self.seats))
         try:
             with meeting.progress.message(ranks):
                 dist.init_process_group(
                     backend(use_gpu=self._use_gpu),
                     store=dist.PrefixStore(str(meeting.number), self._store),
-                    rank=self._rank,
-                    world_size=self._world_size,
+                    rank=self.rank,
+                    world_size=len(self.seats),
                     timeout=_TIMEOUT,
                     # With it NCCL connects here, and what keeps it from starting is found before
                     # anything is loaded.
@@ -221,7 +252,7 @@ class Rendezvous:
         except RuntimeError as error:  # one of the workers is already gone, or NCCL cannot start
             left.set()
             self._count(meeting.number, is_fruitless=True, reason=one_line(str(error)))
-            self._end(meeting.number)
+            self._table.end(meeting.number)
             return False
         return True
 
@@ -233,16 +264,19 @@ class Rendezvous:
         try:
             # Its own, because a store serves one caller at a time
             store, waits_since = self._open_store(), None
-            hang_watch = self._hang_watch(store, meeting)
+            table, hang_watch = Seats(store), self._hang_watch(store, meeting)
             while not left.wait(_WATCH_S):
-                if int(store.get("round")) == meeting.number:
+                if table.round() == meeting.number:
                     waits_since = None
                     if hang_watch and hang_watch.look():
-                        self._end(meeting.number, store)
+                        table.end(meeting.number)
                     continue
                 if hang_watch:
                     self._obey(hang_watch.verdict(), left)
                     hang_watch = None
+                if len(self.seats) == 1:
+                    meeting.aborted.set()  # it has no message to abort: it looks between its steps
+                    return
                 if not self._is_waiting():
                     waits_since = None
                     continue
@@ -260,13 +294,13 @@ class Rendezvous:
                 )
 
     def _hang_watch(self, store: dist.Store, meeting: Meeting) -> HangWatch | None:
-        if self._pulse is None or not self._hang_timeout_s or self._world_size == 1:
+        if self._pulse is None or not self._hang_timeout_s or len(self.seats) == 1:
             return None
         return HangWatch(
             store,
             meeting,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=self.rank,
+            world_size=len(self.seats),
             beat=self._pulse.beat,
             hang_timeout_s=self._hang_timeout_s,
         )
@@ -274,10 +308,10 @@ class Rendezvous:
     def _obey(self, hang: Hang | None, left: threading.Event) -> None:
         """Has this worker's watchdog end it where the verdict says so, and record the verdict where
         that ends none."""
-        if hang is None or self._pulse is None or self._rank not in (hang.ended or hang.ranks[:1]):
+        if hang is None or self._pulse is None or self.rank not in (hang.ended or hang.ranks[:1]):
             return
         self._pulse.hang = hang
-        if self._rank in hang.ended and not left.wait(_ABORT_S):
+        if self.rank in hang.ended and not left.wait(_ABORT_S):
             self._end_process(hang.reason)  # its watchdog is gone
 
     def _abort(self, meeting: Meeting) -> None:
@@ -292,8 +326,8 @@ class Rendezvous:
         """Ends the messages of this worker's host, which waits for others that live. Gloo's abort
         does nothing, but a receive that takes too long closes all of its connections: one from any
         rank whose connection is still open."""
-        for rank in range(self._world_size):
-            if rank == self._rank:
+        for rank in range(len(self.seats)):
+            if rank == self.rank:
                 continue
             # What that raises, or that the group is already gone
             with suppress(RuntimeError, ValueError):
@@ -315,7 +349,7 @@ class Rendezvous:
         os._exit(1)
 
     def _say(self, what: str) -> None:
-        sys.stderr.write(f"rank {self._rank} {what}\n")
+        sys.stderr.write(f"rank {self.rank} {what}\n")
         sys.stderr.flush()
 
     def _count(self, number: int, *, is_fruitless: bool, reason: str) -> None:
@@ -330,5 +364,6 @@ class Rendezvous:
                 _FRUITLESS, before, json.dumps({"round": number, "count": count, "reason": reason})
             )
 
-    def _end(self, number: int, store: dist.Store | None = None) -> None:
-        (store or self._store).compare_set("round", str(number), str(number + 1))
+
+def _by_all(number: int, what: str) -> str:
+    return f"{number}/{what} by all"

@@ -1,36 +1,47 @@
-"""Ends a round of the workers' meetings from outside, and shows which workers have left it since.
+"""Ends a round of the workers' meetings from outside: for a round without the lost ones, or to see
+which workers have left it since.
 
 Where a lost worker is replaced, the replacement ends the round (`rendezvous`). Where its node is
 lost nobody comes, and a worker whose message waits for the lost one may hear of nothing: a machine
 that loses its power closes no connection, and NCCL reports no lost peer.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from jobs.workers.seats import Seats
+
 _ANSWER = timedelta(seconds=5)
 
 
+def vacate(address: str, *, group: str, seats: Collection[int]) -> None:
+    """Lets the other workers of a group meet without these. Raises `RuntimeError` where the meeting
+    place at this address, or the group, is not there."""
+    Seats(_store(address, group)).vacate(seats)
+
+
 class RoundEnd:
-    """The end of the round in which some ranks were lost."""
+    """The end of the round in which the workers of some seats were lost."""
 
     def __init__(self, address: str, *, group: str, lost: Iterable[int]) -> None:
-        """Ends the round, unless a worker has done so already. Raises `RuntimeError` where the
-        meeting place at this address, or the group, is not there."""
-        host, _, port = address.rpartition(":")
-        place = dist.TCPStore(
-            host, int(port), is_master=False, wait_for_workers=False, timeout=_ANSWER
-        )
-        self._store = dist.PrefixStore(group, place)
-        self._next = int(self._store.get("round"))
+        """Ends the round, unless a worker has done so already. Raises what `vacate` does."""
+        self._store = _store(address, group)
+        table = Seats(self._store)
+        self._next = table.round()
         # The lost took part in the round before, and come to no other
-        if any(self.is_left_by(rank) for rank in lost):
-            self._store.compare_set("round", str(self._next), str(self._next + 1))
+        if any(self.is_left_by(seat) for seat in lost):
+            table.end(self._next)
             self._next += 1
 
-    def is_left_by(self, rank: int) -> bool:
-        """Reports whether the worker of this rank waits for the next round: by then it has rescued
+    def is_left_by(self, seat: int) -> bool:
+        """Reports whether the worker of this seat waits for the next round: by then it has rescued
         its state."""
-        return bool(self._store.check([f"{self._next}/{rank}/came"]))
+        return bool(self._store.check([f"{self._next}/{seat}/came"]))
+
+
+def _store(address: str, group: str) -> dist.Store:
+    host, _, port = address.rpartition(":")
+    place = dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_ANSWER)
+    return dist.PrefixStore(group, place)

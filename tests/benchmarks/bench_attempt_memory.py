@@ -63,9 +63,10 @@ def memory_after_losses(folder: Path, *, num_losses: int = NUM_LOSSES) -> Attemp
     resident_mb = []
     try:
         with meeting_place("127.0.0.1") as address:
-            member: dict[str, Any] = {"rank": 0, "world_size": 1}
-            rendezvous = Rendezvous(address, group="group", max_fruitless=2 * num_losses, **member)
-            work = partial(train, plan, pulse=pulse, **member)
+            rendezvous = Rendezvous(
+                address, group="group", seat=0, num_seats=1, max_fruitless=2 * num_losses
+            )
+            work = partial(train, plan, pulse=pulse, rank=0, world_size=1)
             for _ in range(num_losses):
                 assert not rendezvous.attend(lambda meeting: work(meeting=meeting)), (
                     "the run came to its end"

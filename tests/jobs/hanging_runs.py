@@ -124,8 +124,8 @@ def _train(
         rendezvous = Rendezvous(
             address,
             group="group",
-            rank=rank,
-            world_size=world_size,
+            seat=rank,
+            num_seats=world_size,
             use_gpu=plan.config.scaling.use_gpu,
             is_waiting=lambda: Waits.WORKERS in pulse.beat().waits_for,
             progress=lambda: pulse.num_steps,

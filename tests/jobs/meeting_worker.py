@@ -33,23 +33,25 @@ def meet(
     rendezvous = Rendezvous(
         address,
         group="group",
-        rank=rank,
-        world_size=world_size,
+        seat=rank,
+        num_seats=world_size,
         is_waiting=lambda: how != "elsewhere" or not meetings[-1].aborted.is_set(),
     )
     tell("come", os.getpid())
 
     def work(meeting: Meeting) -> None:
         tell("met", os.getpid())
+        others = [other for other in range(len(rendezvous.seats)) if other != rendezvous.rank]
         for number in range(num_rounds):
-            own = torch.full((1 << 16,), float(rank + number))
-            others = [other for other in range(world_size) if other != rank]
+            if not others and meeting.aborted.is_set():
+                raise LostPeerError("another worker comes")
+            own = torch.full((1 << 16,), float(rendezvous.rank + number))
             received = [torch.empty_like(own) for _ in others]
             sends = [dist.P2POp(dist.isend, own, other) for other in others]
             receives = [
                 dist.P2POp(dist.irecv, x, other) for x, other in zip(received, others, strict=True)
             ]
-            for message in dist.batch_isend_irecv(sends + receives):
+            for message in dist.batch_isend_irecv(sends + receives) if others else ():
                 message.wait()
             dist.all_reduce(own)
             tell("sum", number, float(own[0]))

@@ -97,9 +97,13 @@ def _train_in_rounds(
     if use_gpu:
         torch.cuda.set_device(rank)
     pulse = Pulse({})
-    settings: dict[str, Any] = {"rank": rank, "world_size": world_size}
     rendezvous = Rendezvous(
-        address, group="group", use_gpu=use_gpu, progress=lambda: pulse.num_steps, **settings
+        address,
+        group="group",
+        seat=rank,
+        num_seats=world_size,
+        use_gpu=use_gpu,
+        progress=lambda: pulse.num_steps,
     )
     to_come = {(cut.step, cut.number): cut for cut in cut_offs if cut.rank == rank}
     gather, tables = dist.all_gather_single, dict[torch.Size, Tensor]()
@@ -151,7 +155,7 @@ def _train_in_rounds(
         meetings.append(meeting)
         last[:] = [0, 0]
         os.write(1, f"met {os.getpid()}\n".encode())
-        train(plan, meeting=meeting, pulse=pulse, **settings)
+        train(plan, rank=rank, world_size=world_size, meeting=meeting, pulse=pulse)
 
     while not rendezvous.attend(work):
         pass

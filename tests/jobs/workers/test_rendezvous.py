@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 from jobs.workers import rendezvous as rendezvous_module
 from jobs.workers.rendezvous import FruitlessError, Rendezvous, meeting_place
+from jobs.workers.seats import Seats
 from raymill.errors import LostPeerError
 from raymill.workers.worker_group import Meeting
 from tests.jobs.meeting_worker import meet
@@ -143,7 +144,7 @@ def test_a_step_between_two_losses_is_no_standstill() -> None:
         raise dist.DistNetworkError("Connection closed by peer")
 
     with meeting_place("127.0.0.1") as address:
-        settings = {"group": "g", "rank": 0, "world_size": 1, "max_fruitless": 2}
+        settings = {"group": "g", "seat": 0, "num_seats": 1, "max_fruitless": 2}
         rendezvous = Rendezvous(address, **settings, progress=lambda: num_steps)
         assert [rendezvous.attend(work) for _ in range(5)] == [False] * 5
         with pytest.raises(FruitlessError, match="met 2 times in a row"):
@@ -203,12 +204,13 @@ def test_a_look_for_the_others_costs_as_many_keys_for_any_number_of_them(world_s
     """A thread stands for a rank, as the store cannot tell."""
     with meeting_place("127.0.0.1") as address:
         ranks = [
-            Rendezvous(address, group="g", rank=rank, world_size=world_size)
+            Rendezvous(address, group="g", seat=rank, num_seats=world_size)
             for rank in range(world_size)
         ]
         stores = [CountedStore(rendezvous._store) for rendezvous in ranks]
         for rendezvous, store in zip(ranks, stores, strict=True):
             rendezvous._store = store  # type: ignore[assignment]
+            rendezvous._table = Seats(store)  # type: ignore[arg-type]
         with ThreadPoolExecutor(world_size) as threads:
             early = [threads.submit(rendezvous._all, 0, "came") for rendezvous in ranks[1:]]
             wait_until(lambda: all(store.num_looks > 5 for store in stores[1:]))
@@ -224,14 +226,14 @@ def test_a_look_for_the_others_costs_as_many_keys_for_any_number_of_them(world_s
 
 def test_a_round_that_ends_while_some_have_not_come_lets_the_others_go() -> None:
     with meeting_place("127.0.0.1") as address, ThreadPoolExecutor(1) as threads:
-        ranks = [Rendezvous(address, group="g", rank=rank, world_size=2) for rank in range(2)]
+        ranks = [Rendezvous(address, group="g", seat=rank, num_seats=2) for rank in range(2)]
         answer = threads.submit(ranks[0]._all, 0, "came")
-        ranks[1]._end(0)
+        ranks[1]._table.end(0)
         assert not answer.result(limit_s(10))
 
 
 def alone(address: str, **settings: Any) -> Rendezvous:
-    return Rendezvous(address, group="g", rank=0, world_size=1, **settings)
+    return Rendezvous(address, group="g", seat=0, num_seats=1, **settings)
 
 
 def hang(address: str, log: Path) -> None:
@@ -292,7 +294,7 @@ def test_a_backend_that_never_connects_is_given_up_and_one_that_did_once_finds_t
             patch.setattr(distributed_c10d, "_new_process_group_helper", refuse)
             alone(address, max_fruitless=2).attend(lambda meeting: None)
         for number in range(2):
-            rendezvous = Rendezvous(address, group=f"g{number}", rank=0, world_size=1)
+            rendezvous = Rendezvous(address, group=f"g{number}", seat=0, num_seats=1)
             rendezvous.attend(lambda meeting: names.append(dist.group.WORLD.group_name))
     assert names[0] == names[1], (
         "a process that failed to connect looks for the others under the same name as a new one"

@@ -1,0 +1,253 @@
+"""What becomes of a group when a node dies, in Ray Train's controller: the other workers go on
+without its seats, with all that they have loaded, and a worker is started there again when a node
+is.
+
+Ray Train by itself ends all workers and starts a smaller group, and starts it once more when a node
+comes.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import (
+    ControllerCallback,
+    ReplicaGroupCallback,
+    WorkerGroupCallback,
+)
+from ray.util import placement_group_table, remove_placement_group
+
+from jobs.ray_train.callbacks import FailureRecorder, VacantSeatError
+from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
+from jobs.ray_train.lending_policy import give_back, tell_policy
+from jobs.workers.failures import is_left_out, is_lost_node
+from jobs.workers.round_end import RoundEnd, vacate
+
+_NO_PLACE_S = 6.0
+_STUCK_S = 15.0
+# At most: the others leave a step within two seconds, and then copy what no snapshot has
+_RESCUE_S = 30.0
+_POLL_S = 0.5
+_LOOK_S = 1.0  # from one look for a vacant seat's place to the next
+
+
+class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
+    """Leaves a lost node's seats vacant. Where too few workers would be left, or one was found
+    wrong, it makes Ray Train plan again, with the living nodes."""
+
+    def __init__(
+        self,
+        recorder: FailureRecorder,
+        *,
+        least: int,
+        most: int,
+        address: str,
+        counts: Mapping[int, int],
+    ) -> None:
+        """The group has from `least` to `most` workers, which meet at the address. `counts` has the
+        number to run by the number that could, where they differ."""
+        self._recorder, self._address = recorder, address
+        self._least, self._is_elastic, self._counts = least, least < most, counts
+        # Of the newest group; none yet, as an event does not travel to the controller
+        self._ended: threading.Event | None = None
+        self._is_training = False
+        self._vacant: set[int] = set()
+        self._gone: set[str] = set()  # ids of nodes, at the last loss
+        self._is_filling, self._next_look_s = False, 0.0
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Handles what has failed. Ray Train replaces the workers whose errors stay in the
+        status."""
+        statuses = worker_group_status.worker_statuses
+        if self._is_elastic:
+            for status in statuses.values():
+                status.preemption_info = None  # workers see to it, and Ray Train would end them
+        self._settle_vacant(statuses)
+        errors = {
+            seat: error
+            for seat, error in worker_group_status.errors.items()
+            if not isinstance(error, VacantSeatError)
+        }
+        if any(is_left_out(error) for error in errors.values()):
+            _end_all(statuses, "CorruptionError: another worker was found wrong")
+        elif errors and (lost := self._lost(errors)):
+            self._handle(lost, statuses)
+        num_failed = len(worker_group_status.errors)
+        is_replacing = bool(self._vacant) and 0 < num_failed < len(statuses)
+        tell_policy(num_vacant=len(self._vacant), num_seats=len(statuses) if is_replacing else None)
+
+    def _settle_vacant(self, statuses: Mapping[int, Any]) -> None:
+        """Hides the vacant seats' errors, except where a worker can be started again."""
+        if not self._vacant:
+            return
+        is_running = any(
+            status.running for seat, status in statuses.items() if seat not in self._vacant
+        )
+        fillable = self._fillable() if is_running else set()
+        for seat in self._vacant:
+            statuses[seat].running, statuses[seat].error = is_running, None
+            if seat in fillable:
+                statuses[seat].error = VacantSeatError("its place is there again")
+        self._is_filling = bool(fillable)
+
+    def _fillable(self) -> set[int]:
+        """Returns the vacant seats that Ray has given a place on a living node."""
+        now_s = time.monotonic()
+        if now_s < self._next_look_s:
+            return set()
+        self._next_look_s = now_s + _LOOK_S
+        workers = self._worker_group.get_workers()
+        nodes = placement_group_table(self._place)["bundles_to_node_id"]
+        node_of_seat = {
+            seat: nodes.get(workers[seat].placement_group_bundle_index) or ""
+            for seat in self._vacant
+        }
+        gone = gone_nodes(node_of_seat.values())
+        return {seat for seat, node in node_of_seat.items() if node not in gone}
+
+    def _lost(self, errors: Mapping[int, Exception]) -> set[int]:
+        """Returns the seats of all nodes that have died, where an error tells of one. Spot nodes go
+        together: others may have died since."""
+        workers = self._worker_group.get_workers()
+        of_errors = {workers[seat].metadata.node_id for seat in errors}
+        died = {seat for seat, error in errors.items() if is_lost_node(error)}
+        if not died and not gone_nodes(of_errors):
+            return set()
+        self._gone = gone_nodes({worker.metadata.node_id for worker in workers})
+        return (
+            died.union(
+                seat for seat, worker in enumerate(workers) if worker.metadata.node_id in self._gone
+            )
+            - self._vacant
+        )
+
+    def _handle(self, lost: Collection[int], statuses: Mapping[int, Any]) -> None:
+        errors = {seat: statuses[seat].error for seat in lost if statuses[seat].error}
+        num_left = len(statuses) - len(self._vacant) - len(lost)
+        are_enough = self._is_elastic and num_left >= self._least
+        runs_all = self._counts.get(num_left, num_left) == num_left
+        if are_enough and runs_all and self._vacated(lost):
+            self._recorder.after_exception(None, errors)
+            self._settle_vacant(statuses)
+            return
+        self._let_survivors_rescue(lost)
+        wait_until_known(self._gone)
+        renew_view()
+        _end_all(statuses, "Connection closed: the node of another worker has died")
+
+    def _vacated(self, lost: Collection[int]) -> bool:
+        """Lets the others meet without these. Returns False where they cannot be told."""
+        try:
+            vacate(self._address, group=self._place.id.hex(), seats=lost)
+        except RuntimeError as error:
+            sys.stderr.write(f"the workers' meeting place does not answer: {error}\n")
+            return False
+        self._vacant |= {*lost}
+        wait_until_known(self._gone)
+        for seat in lost:  # else Ray Train asks it for its results while another one is started
+            self._worker_group.get_replica_groups()[seat].shutdown()
+        return True
+
+    def _let_survivors_rescue(self, lost: Collection[int]) -> None:
+        """Returns once each worker on a living node has left its step and put the state of the last
+        completed one into its node's memory: it is about to end with the group, and may have the
+        only copy."""
+        node_of_seat = {
+            seat: worker.metadata.node_id
+            for seat, worker in enumerate(self._worker_group.get_workers())
+            if seat not in self._vacant.union(lost)
+        }
+        deadline_s = time.monotonic() + _RESCUE_S
+        try:
+            round_end = RoundEnd(self._address, group=self._place.id.hex(), lost=lost)
+            while time.monotonic() < deadline_s:
+                staying = {
+                    seat: node
+                    for seat, node in node_of_seat.items()
+                    if not round_end.is_left_by(seat)
+                }
+                if not set(staying.values()) - gone_nodes(staying.values()):
+                    return
+                time.sleep(_POLL_S)
+        except RuntimeError as error:
+            sys.stderr.write(
+                f"the workers' meeting place does not answer, so they end without a rescue: {error}\n"
+            )
+            return
+        seats = ", ".join(map(str, staying))
+        sys.stderr.write(
+            f"worker {seats} did not leave its step within {_RESCUE_S:g} s after a node was lost\n"
+        )
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Watches the placement group: Ray Train would wait forever for a replacement's place,
+        though a smaller group could train."""
+        self._worker_group = worker_group
+        self._place = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._ended, self._is_training = threading.Event(), False
+        self._vacant, self._is_filling = set(), False
+        if self._is_elastic:
+            threading.Thread(
+                target=self._watch, args=(self._place, self._ended), name="node-losses", daemon=True
+            ).start()
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._is_training = True
+
+    def after_replica_group_start(self, replica_group: Any) -> None:
+        seats = {worker.distributed_context.world_rank for worker in replica_group.get_workers()}
+        self._vacant -= seats
+        self._is_filling = False
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._end_watch()
+
+    def before_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._end_watch()
+
+    def _end_watch(self) -> None:
+        if self._ended is not None:
+            self._ended.set()
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
+        self._give_back_forgotten()
+
+    async def before_controller_shutdown(self) -> None:
+        self._give_back_forgotten()
+
+    def _give_back_forgotten(self) -> None:
+        """Gives back the places of a group that Ray Train forgets: one that lost a worker while its
+        workers were told to train. The next group would find these places taken."""
+        is_forgotten = self._ended is not None and not self._ended.is_set()
+        if is_forgotten and not self._is_training:
+            self._end_watch()
+            remove_placement_group(self._place)
+
+    def _watch(self, place: Any, ended: threading.Event) -> None:
+        lost_at: float | None = None
+        while not ended.wait(_POLL_S):
+            is_awaited = not self._vacant or self._is_filling
+            is_lost = is_awaited and placement_group_table(place)["state"] == "RESCHEDULING"
+            lost_at = (lost_at or time.monotonic()) if is_lost else None
+            if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
+                remove_placement_group(place)
+                if not ended.wait(_STUCK_S):
+                    # Ray forgets a replacement that waits for a place that is removed: seen once.
+                    # The launcher starts another controller.
+                    sys.stderr.write(
+                        "the controller waits for a worker that never comes: it ends, to be replaced\n"
+                    )
+                    try:
+                        give_back()
+                    finally:
+                        os._exit(1)
+                return
+
+
+def _end_all(statuses: Mapping[int, Any], reason: str) -> None:
+    """Ends the whole group: Ray Train then plans all its workers' places again."""
+    for status in statuses.values():
+        status.error = status.error or RuntimeError(reason)
