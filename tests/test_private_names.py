@@ -280,7 +280,51 @@ CANARIES = [
         f"{GROUP}.worker_group",
         "callback.after_worker_group_training_start(self)",
     ),
+    # jobs/ray_train/node_losses.py: a lost node's seats are vacant, and filled again.
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup.get_replica_groups",
+        "self",
+        f"{GROUP}.worker_group",
+        "if i != replica_group_index and rg.is_active():",
+    ),
+    Canary(
+        f"{GROUP}.execution_group.ReplicaGroup.shutdown",
+        "self",
+        f"{GROUP}.worker_group",
+        "old_replica_group.shutdown()",
+    ),
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup.replace_replica_group",
+        "self replica_group_index",
+        f"{GROUP}.worker_group",
+        "placement_group_bundle_indices=old_placement_group_bundle_indices",
+    ),
+    Canary(
+        f"{GROUP}.worker.WorkerStatus",
+        None,
+        f"{GROUP}.poll",
+        "status.preemption_info is not None",
+    ),
+    Canary(f"{GROUP}.worker.WorkerStatus", None, f"{GROUP}.poll", "not status.running for status"),
+    Canary(
+        f"{GROUP}.poll.WorkerGroupPollStatus.failing_replica_group_indices",
+        None,
+        f"{TRAIN}.execution.controller.controller",
+        "and decision.num_workers == current_num_workers",
+    ),
     # jobs/ray_train/lending_policy.py
+    Canary(
+        f"{POLICY}._get_resize_decision",
+        "self num_workers",
+        POLICY,
+        "return self._get_resize_decision(num_workers)",
+    ),
+    Canary(
+        f"{TRAIN}.execution.scaling_policy.NoopDecision",
+        None,
+        f"{TRAIN}.execution.controller.controller",
+        "isinstance(scaling_decision, NoopDecision)",
+    ),
     Canary(
         f"{TRAIN}.execution.scaling_policy.ResizeDecision",
         None,

@@ -35,6 +35,7 @@ class Loss(NamedTuple):
     delay_s: float  # after the line of a step
     is_cut_off: bool
     next_s: float | None = None  # after which the node of rank 2 is killed too
+    comes_back: bool = False  # once the others go on
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,9 @@ class Losses(threading.Thread):
             if loss.next_s is not None:
                 time.sleep(loss.next_s)
                 self._cluster.kill_node(start["workers"][2]["node"])
+            if loss.comes_back:
+                attempt = self._settled(after=attempt)["attempt"]
+                self._cluster.add_node()
         self._settled(after=attempt)
         self._run.write_bytes(STOP_REQUESTED, b"")
 
@@ -130,6 +134,17 @@ def test_nodes_that_go_one_after_another__end_no_run(
     ledger = disturbed(connection, tmp_path, [Loss(0.0, False, next_s)], {})
     assert len(ledger.events("start")) >= 2
     assert not any(lost_steps(ledger))
+
+
+def test_who_is_left_goes_on_in_its_process_and_so_it_does_when_a_node_comes(
+    connection: Connection, tmp_path: Path
+) -> None:
+    losses = [Loss(0.05, False, comes_back=True)] * 2
+    starts = disturbed(connection, tmp_path, losses, {}).events("start")
+    assert [start["world_size"] for start in starts] == [4, 3, 4, 3, 4]
+    pids = [{worker["pid"] for worker in start["workers"]} for start in starts]
+    assert pids[1] < pids[0] and pids[1] < pids[2], "the others went on, with a new one in the end"
+    assert pids[3] < pids[2] and pids[3] < pids[4]
 
 
 def disturbed(
