@@ -9,6 +9,7 @@ from raymill.state.messages import (
     LEAST_MESSAGE,
     joined,
     joined_buckets,
+    numbers_of_sendings,
 )
 from raymill.state.span import Span
 
@@ -36,3 +37,8 @@ def test_buckets_are_joined_as_their_sizes_are() -> None:
     sizes = np.array([len(bucket) for bucket in buckets])
     numbers = [buckets[numbers.start : numbers.stop] for numbers in joined(sizes, 3)]
     assert joined_buckets(buckets, 3) == numbers
+
+
+def test_an_update_is_sent_in_eight_stretches_of_buckets_or_one_for_each() -> None:
+    assert numbers_of_sendings(80) == [range(start, start + 10) for start in range(0, 80, 10)]
+    assert numbers_of_sendings(3) == [range(1), range(1, 2), range(2, 3)]
