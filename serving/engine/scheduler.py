@@ -118,7 +118,7 @@ class Scheduler:
         for sequence in self._running.values():
             if sequence.output_ids:
                 chunks.append(Chunk(sequence, sequence.num_read, sequence.num_tokens))
-            elif budget > 0:
+            else:  # the one prompt that the last step did not end
                 chunks.append(_prompt_chunk(sequence, budget))
                 budget -= chunks[-1].last - chunks[-1].first
                 self.num_prompt_tokens += chunks[-1].last - chunks[-1].first

@@ -37,14 +37,24 @@ class Baseline:
 
     def order(self, file: str, function: int | None) -> list[str]:
         """Returns the tests that may see a mutant: first those that enter its function; each time
-        the cheapest first."""
+        the cheapest first. At the end are those of files with a test that takes longer than any
+        that is tried: what it made may be what they share, and the first of them would make it."""
         entering = {
             test
             for test, files in self.entered.items()
             if function is not None and function in files.get(file, ())
         }
-        tests = [test for test, seconds in self.seconds.items() if seconds <= LONGEST_TEST_S]
-        return sorted(tests, key=lambda test: (test not in entering, self.seconds[test]))
+        long = {test for test, seconds in self.seconds.items() if seconds > LONGEST_TEST_S}
+        dear = {self.paths[test] for test in long}
+        return sorted(
+            self.seconds.keys() - long,
+            key=lambda test: (
+                self.paths[test] in dear,
+                test not in entering,
+                self.seconds[test],
+                test,
+            ),
+        )
 
 
 @dataclass
@@ -93,16 +103,25 @@ class BaselineRecorder:
 @dataclass(frozen=True, eq=False)  # pytest hashes its plugins
 class InThisOrder:
     """A plugin that runs these tests alone, in this order. It ends the process where one takes many
-    times the seconds that it usually does."""
+    times the seconds that it usually does. What tests share is made before the one that comes first
+    here: that may take as long as the dearest of all."""
 
     tests: Sequence[str]
     usual_s: Mapping[str, float]
 
-    def pytest_runtest_logstart(self, nodeid: str) -> None:
-        signal.setitimer(signal.ITIMER_PROF, 2 + _MANY_TIMES * self.usual_s[nodeid])
+    def pytest_runtest_logstart(self) -> None:
+        _end_after(max(self.usual_s.values()))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> None:
+        _end_after(self.usual_s[item.nodeid])
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         places = {test: place for place, test in enumerate(self.tests)}
         kept = [item for item in items if item.nodeid in places]
         items[:] = sorted(kept, key=lambda item: places[item.nodeid])
+
+
+def _end_after(usual_s: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, 2 + _MANY_TIMES * usual_s)

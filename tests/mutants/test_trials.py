@@ -1,11 +1,14 @@
 """Mutants of a made module are killed by its tests, or survive them, as they should."""
 
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mutants.chosen_tests import LONGEST_TEST_S, Baseline
+import tests.mutants.trials as trials_module
+from tests.mutants.chosen_tests import LONGEST_TEST_S, Baseline, InThisOrder
 from tests.mutants.trials import Area, Outcome, Trial
 from tests.mutants.try_mutants import END, explained, files_of, known_areas, mutants_of, with_rows
 from tests.repository import REPOSITORY
@@ -64,6 +67,9 @@ def test_each_mutant_ends_as_it_should(tmp_path: Path, monkeypatch: pytest.Monke
     killed, survived = Outcome.KILLED, Outcome.SURVIVED
     assert outcomes == [survived, killed, killed, Outcome.STUCK, killed]
     assert MADE not in sys.modules
+    monkeypatch.setattr(trials_module, "_USUAL_S", 1.0)
+    waits = Trial(MADE, "import threading\nthreading.Event().wait()", trials[0].tests)
+    assert [*area.outcomes([waits], num_processes=1)] == [(waits, Outcome.STUCK)]
 
 
 def test_tests_that_fail_anyway_try_nothing(tmp_path: Path) -> None:
@@ -75,9 +81,29 @@ def test_tests_that_fail_anyway_try_nothing(tmp_path: Path) -> None:
 def test_tests_that_enter_the_function_come_first_and_long_ones_never() -> None:
     seconds = {"long": LONGEST_TEST_S + 1, "enters": 2.0, "quick": 0.1, "enters at once": 0.5}
     entered = {"long": {"f": [3]}, "enters": {"f": [3, 9]}, "enters at once": {"f": [3]}}
-    baseline = Baseline(seconds, {}, entered)
-    assert baseline.order("f", 3) == ["enters at once", "enters", "quick"]
-    assert baseline.order("f", None) == ["quick", "enters at once", "enters"]
+    seconds |= {"beside long": 0.0}
+    paths = dict.fromkeys(seconds, "test_quick.py")
+    paths |= dict.fromkeys(["long", "beside long"], "test_long.py")
+    baseline = Baseline(seconds, paths, entered)
+    assert baseline.order("f", 3) == ["enters at once", "enters", "quick", "beside long"]
+    assert baseline.order("f", None) == ["quick", "enters at once", "enters", "beside long"]
+
+
+@pytest.fixture
+def processor_s() -> Iterator[Callable[[], float]]:
+    """The seconds that are left to this process."""
+    yield lambda: round(signal.getitimer(signal.ITIMER_PROF)[0])
+    signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def test_what_tests_share_may_take_longer_than_the_cheap_one_that_comes_first(
+    request: pytest.FixtureRequest, processor_s: Callable[[], float]
+) -> None:
+    order = InThisOrder([], {request.node.nodeid: 100.0, "dear": 1000.0})
+    order.pytest_runtest_logstart()
+    assert processor_s() == 3002
+    order.pytest_runtest_call(request.node)
+    assert processor_s() == 302
 
 
 @pytest.mark.parametrize("area", known_areas())

@@ -13,6 +13,7 @@ import signal
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ _NEVER_FIRST = ("_pytest", "conftest", "pytest", "xdist")
 _ARGUMENTS = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
 _ARGUMENTS += ["--rootdir", str(REPOSITORY), "-c", str(REPOSITORY / "pyproject.toml")]
 _FAST = ["-m", "not slow and not cluster and not more"]
-_USUAL_S = 20.0  # of a clock: where no mutant ends within `limit_s` of it, all that run are stuck
+_USUAL_S = 20.0  # of a clock: where no test ends within `limit_s` of it, a mutant is stuck
 
 
 class Outcome(StrEnum):
@@ -89,8 +90,13 @@ class Area:
                     trial = waiting.pop(0)
                     process = started.enter_context(self._started(trial))
                     running[process.fd] = trial, process
-                ready, _, _ = select.select([*running], [], [], limit_s(_USUAL_S))
-                for fd in ready or [*running]:
+                ended, _, _ = select.select([*running], [], [], 1.0)
+                silent = [
+                    fd
+                    for fd, (_, process) in running.items()
+                    if process.silent_s > limit_s(_USUAL_S)
+                ]
+                for fd in {*ended, *silent}:
                     trial, process = running.pop(fd)
                     yield trial, _outcome(process.wait(0))
 
@@ -119,12 +125,18 @@ def _outcome(status: int | None) -> Outcome:
 
 
 class _Process:
-    """A forked process, the first of its group."""
+    """A forked process, the first of its group, which prints into a file."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, output: Path) -> None:
         self._pid, self.fd = pid, os.pidfd_open(pid)
+        self._output = output
         self._status: int | None = None
         self._is_over = False
+
+    @property
+    def silent_s(self) -> float:
+        """The seconds since it has printed; pytest prints after each test."""
+        return time.time() - self._output.stat().st_mtime
 
     def wait(self, seconds: float) -> int | None:
         """Returns the exit code, or minus the signal that ended it; None where it took longer, and
@@ -146,10 +158,12 @@ def _forked(folder: Path, work: Callable[[], int]) -> _Process:
     and exits with what `work` returns."""
     sys.stdout.flush()
     sys.stderr.flush()
+    output = folder / "output"
+    output.touch()
     pid = os.fork()
     if pid == 0:
         _work_and_exit(folder, work)
-    return _Process(pid)
+    return _Process(pid, output)
 
 
 def _work_and_exit(folder: Path, work: Callable[[], int]) -> NoReturn:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.storage.uris import Storage, open_storage
 from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
-from jobs.run.ledger_chain import KEY, chain_of, encoded, hash_of, head_of
+from jobs.run.ledger_chain import KEY, Chain, chain_of, encoded, hash_of, head_of
 
 Tampering = Callable[[list[bytes], int], list[bytes]]
 
@@ -93,6 +93,17 @@ def test_what_is_cut_off_at_the_end_shows_by_the_head_alone() -> None:
     short = chain_of(lines[:2])
     assert short.problems == ()
     assert short.head != chain_of(lines).head == head_of(b"\n".join(lines) + b"\n")
+
+
+@given(st.lists(st.binary().filter(lambda line: b"\n" not in line)), st.sampled_from([b"", b"{"]))
+@example([b"", b"a"], b"")
+def test_the_head_is_the_hash_of_the_last_whole_line(lines: list[bytes], torn: bytes) -> None:
+    whole = b"".join(line + b"\n" for line in lines)
+    assert head_of(whole + torn) == (hash_of(lines[-1]) if lines else None)
+
+
+def test_a_ledger_without_lines_has_no_head() -> None:
+    assert chain_of([]) == Chain(0, None, None)
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])

@@ -1,5 +1,6 @@
 """Lines that a signature states are the run, and what stands behind them replaces none of them."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,17 @@ def named(number: int, line: bytes) -> dict[str, Any]:
 
 def signed_run(folder: Path, lines: list[Line], *, number: int) -> Storage:
     """A run of which a statement, whoever signed it, names a line."""
-    import base64
-
     run = open_storage(str(folder))
     chained = written(run, lines)
-    statement = {"predicate": stating(named(number, chained[number - 1]))}
-    payload = base64.b64encode(json.dumps(statement).encode()).decode()
-    bundle = json.dumps({"dsseEnvelope": {"payload": payload}})
-    run.write_bytes(f"checkpoints/step-000000002/{TRAINING}", bundle.encode())
+    state(run, 2, named(number, chained[number - 1]))
     return run
+
+
+def state(run: Storage, step: int, line: dict[str, Any]) -> None:
+    """Has a checkpoint's statement name a line."""
+    payload = base64.b64encode(json.dumps({"predicate": stating(line)}).encode()).decode()
+    bundle = json.dumps({"dsseEnvelope": {"payload": payload}})
+    run.write_bytes(f"checkpoints/step-{step:09}/{TRAINING}", bundle.encode())
 
 
 def test_behind_the_end_of_a_signed_run_nothing_counts(
@@ -58,7 +61,26 @@ def test_behind_the_end_of_a_signed_run_nothing_counts(
     added: list[Line] = [{"step": 2, "loss": 0.5}, {"event": "start", "attempt": 2, "step": 2}]
     run = signed_run(tmp_path, [*BEFORE, FINISH, *added], number=5)
     assert shown_ledger(run).lines == [*BEFORE, FINISH]
-    assert "2 lines behind line 5 of ledger.jsonl" in capsys.readouterr().err
+    assert " 2 lines behind line 5 of ledger.jsonl" in f" {capsys.readouterr().err}"
+
+
+def test_the_newest_statement_counts(tmp_path: Path) -> None:
+    run = signed_run(tmp_path, BEFORE, number=4)
+    for step in (1, 4, 3):
+        state(run, step, named(step, b"a"))
+    newest = newest_stated_line(run)
+    assert newest is not None and newest.number == 4 and newest.sha256 == hash_of(b"a")
+
+
+def test_what_is_only_added_is_shown_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also behind a signed line that has no step, and where a line itself has none."""
+    for number in (1, 5):
+        lines: list[Line] = [{"event": "spent", "usd": 1.0}, *BEFORE, {"event": "other"}]
+        run = signed_run(tmp_path / str(number), lines, number=number)
+        assert shown_ledger(run).lines == lines
+    assert capsys.readouterr().err == ""
 
 
 def test_a_run_that_goes_on_is_shown_and_nothing_before_is_replaced(tmp_path: Path) -> None:

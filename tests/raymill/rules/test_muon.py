@@ -12,7 +12,9 @@ from model.gpt import GPT
 from model.numerics import BF16, FP32, Numerics
 from model.shapes import hidden_matrices
 from raymill.files.safetensors_file import parameter_hash
+from raymill.rules.hidden_matrix import HiddenMatrix
 from raymill.rules.muon import Muon, orthogonalized
+from raymill.rules.update_rule import Stretch
 from raymill.state.stored_state import restore
 from tests.gated_gpt2 import add_gated_gpt2, gated_config
 from tests.jobs.train_states import (
@@ -132,6 +134,22 @@ def test_an_orthogonalized_matrix__has_singular_values_of_about_one(shape: tuple
 
 def test_a_matrix_of_zeros_stays_one() -> None:
     assert torch.equal(orthogonalized(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+def test_a_tiny_matrix_is_made_orthogonal_too() -> None:
+    matrix = torch.zeros(3, 5)
+    matrix[0, 0] = matrix[1, 1] = 1.0
+    assert torch.equal(orthogonalized(matrix * 2**-23), orthogonalized(matrix))  # norm 1.7e-7
+
+
+def test_an_update_of_a_matrix_is_counted_once() -> None:
+    rule: Any = make_state(optimizer="muon").rule
+    matrix = HiddenMatrix((3, 5), 0, (3,))
+    buffers = torch.ones(15), torch.ones(15), [torch.zeros(15)]
+    stretch = Stretch(*buffers, count=torch.zeros(()), decays=True, matrix=matrix)
+    for _ in range(2):
+        rule.update([stretch], learning_rate=RATE)
+    assert stretch.count == 2
 
 
 def test_query_key_and_value__of_gpt2__are_three_matrices() -> None:

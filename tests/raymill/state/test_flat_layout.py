@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from model.config import GPTConfig, preset_fields
 from model.gpt import GPT
 from model.shapes import parameter_shapes
-from raymill.state.flat_layout import BLOCK, FlatLayout, part_of
+from raymill.state.flat_layout import BLOCK, PIECE_VALUES, FlatLayout, part_of
+from raymill.state.span import Span
 from raymill.sums.step_totals import block_square_sums, norm_of
 
 
@@ -40,6 +41,31 @@ def test_buckets_of_real_shapes() -> None:
         assert all(len(bucket) % (16 * BLOCK) == 0 for bucket in layout.buckets[:-1])
         assert len(layout.buckets) >= 8
     assert 4e6 < sizes["small-10m"] < sizes["gpt2-124m"] < 25.2e6
+
+
+@pytest.mark.parametrize(("num_blocks", "num_buckets"), [(6144, 1), (6145, 2)])
+def test_a_bucket_has_25_megabytes_at_most(num_blocks: int, num_buckets: int) -> None:
+    assert len(FlatLayout({}, 0, num_blocks * BLOCK).buckets) == num_buckets
+
+
+def test_64_mebibytes_are_copied_at_a_time() -> None:
+    assert 4 * PIECE_VALUES == 64 << 20
+
+
+def test_the_matrices_of_a_decoder_block_lie_end_to_end() -> None:
+    """In the order of backward: the last block first."""
+    blocks = {
+        f"h.{number}.{name}": shape
+        for number in range(2)
+        for name, shape in {"q": (4, 4), "k": (4, 8), "v": (4, 12), "bias": (4,)}.items()
+    }
+    layout = FlatLayout.of(blocks)
+    assert layout.decoder_blocks == [Span(96, 192), Span(0, 96)]
+    assert layout.boundary == 192, "the last matrix ends there"
+
+
+def test_vectors_alone_have_no_decay() -> None:
+    assert FlatLayout.of({"weight": (5,), "bias": (5,)}).boundary == 0
 
 
 def test_backward_finishes_matrices_in_the_order_of_the_buffer() -> None:

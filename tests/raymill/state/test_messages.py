@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from raymill.state.flat_layout import BLOCK
 from raymill.state.messages import (
     LEAST_MESSAGE,
+    Message,
     joined,
     joined_buckets,
+    most_cost,
+    numbers_of_sendings,
 )
 from raymill.state.span import Span
 
@@ -36,3 +39,14 @@ def test_buckets_are_joined_as_their_sizes_are() -> None:
     sizes = np.array([len(bucket) for bucket in buckets])
     numbers = [buckets[numbers.start : numbers.stop] for numbers in joined(sizes, 3)]
     assert joined_buckets(buckets, 3) == numbers
+
+
+def test_an_update_is_sent_in_eight_stretches_of_buckets_or_one_for_each() -> None:
+    assert numbers_of_sendings(80) == [range(start, start + 10) for start in range(0, 80, 10)]
+    assert numbers_of_sendings(3) == [range(1), range(1, 2), range(2, 3)]
+
+
+def test_a_message_costs_its_share_and_a_quarter_of_the_shortest_to_begin() -> None:
+    halves = [Message(0, 1, 0.5), Message(0, 2, 0.5), Message(1, 0, 1.0)]
+    assert most_cost(halves, 4) == 2 * (0.5 + 0.25 / 4)
+    assert 4 * LEAST_MESSAGE == 1 << 20

@@ -89,4 +89,11 @@ def test_what_is_divided_says_what_is_sent(
     } == divided
     assert (of_four.sends_sums, of_four.sends_values) == (sends_sums, sends_values)
     assert of_four.is_sole_copy == (shard != "none")
+    assert of_four.owners == ([0, 1, 2, 3] if shard == "optimizer" else None)
     assert sharding(shard, world_size=1) == Sharding(), "a rank alone has nobody to divide with"
+
+
+def test_a_copy_beside_another_one_is_not_the_sole_one() -> None:
+    assert sharding("gradients", world_size=2, group=2).is_sole_copy
+    assert not sharding("gradients", world_size=4, group=2).is_sole_copy
+    assert not Sharding().is_sole_copy, "nobody else has a part of it"

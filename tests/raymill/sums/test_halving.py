@@ -101,6 +101,16 @@ def exchanged(
     return sum_of(lanes, range(num_lanes)), results, wired
 
 
+def test_memory_for_what_arrives_stays_where_it_is() -> None:
+    room = Room(CPU)
+    places: list[int] = []
+    before = room.views([4, 2])
+    for lengths in ([4, 2], [1, 5], [3]):
+        places.append(room.views(lengths)[0].data_ptr())
+    assert places == [before[0].data_ptr()] * 3
+    assert [len(view) for view in room.views([4, 3])] == [4, 3]
+
+
 @given(st.integers(1, 9), st.integers(4, 64), st.lists(st.integers(0, 5), min_size=1, max_size=3))
 @settings(deadline=None, max_examples=60)
 def test_any_world_has_the_trees_bits(num_peers: int, num_lanes: int, sizes: list[int]) -> None:

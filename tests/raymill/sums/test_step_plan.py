@@ -54,6 +54,12 @@ def test_the_pieces_of_a_turn_are_neighbors_in_the_order_of_members() -> None:
     assert [len(plans[0].steps_of_turn(turn)) for turn in range(3)] == [2, 2, 2]
 
 
+def test_a_rank_that_sums_alone_has_a_step_for_each_of_its_lanes() -> None:
+    plan = StepPlan(in_groups(0, 2), 4, 3)
+    assert [(step.buffer, step.adds) for step in plan.steps] == [(0, False), (0, True)]
+    assert plan.num_buffers == 1
+
+
 def test_a_member_without_a_micro_batch_computes_the_last_one_again() -> None:
     plans = [StepPlan(in_groups(rank, 3, 3), 4, 1) for rank in range(3)]
     assert [plan.turns for plan in plans] == [[[0], [3]], [[1], [3]], [[2], [3]]]

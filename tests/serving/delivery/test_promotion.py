@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from serving.delivery.promotion import (
-    MIN_ERRORS,
-    MIN_JUDGED_SEQUENCES,
     Delivery,
     DeliveryError,
     Phase,
@@ -76,12 +75,15 @@ def test_the_model_is_called_as_its_run_and_earlier_names_stay_valid() -> None:
     assert (state.phase, state.names) == (Phase.STEADY, ["fourth", "second", "third"])
     refused = roll_back(start(state, named("fifth"), TERMS), "it does not load")
     assert refused.names == state.names
+    canary = start(state, named("sixth"), TERMS.having(canary_percent=10.0))
+    assert "sixth" in step(canary, {3: READY, 4: READY}).names
     assert Version(checkpoint="/models/gpt2/", version="x").name == "gpt2"
 
 
 def test_no_replica_switches_before_all_have_loaded_the_candidate() -> None:
     state = loading()
     assert state.route == STEADY.route and [version.serial for version in state.needed] == [1, 2]
+    assert state.serving == [OLD], "no client gets what is still being measured"
     for others in ({1: READY}, {1: READY, 2: SlotReport(SlotStatus.LOADING)}):
         assert step(state, {1: READY, 2: READY}, others) == state
     assert step(state) == state, "without replicas nothing is known"
@@ -121,8 +123,15 @@ def test_a_candidate_that_one_replica_finds_bad_is_refused(slot: SlotReport, rea
     assert re.search(reason, refused.outcome.reason)
 
 
-def test_a_loss_within_the_tolerance_passes() -> None:
-    slot = SlotReport(SlotStatus.READY, loss=3.09, live_loss=3.0)
+@pytest.mark.parametrize(
+    ("loss", "live_loss"),
+    [(3.09, 3.0), (None, 3.0), (9.0, None)],
+    ids=["little worse", "not measured yet", "nothing to compare with"],
+)
+def test_a_loss_within_the_tolerance_passes_and_so_does_what_was_not_measured(
+    loss: float | None, live_loss: float | None
+) -> None:
+    slot = SlotReport(SlotStatus.READY, loss=loss, live_loss=live_loss)
     assert step(loading(), {1: READY, 2: slot}).phase is Phase.WATCHING
 
 
@@ -145,22 +154,23 @@ def stats(
 @pytest.mark.parametrize(
     ("new", "stays"),
     [
-        (stats(10, errors=MIN_ERRORS - 1), True),
+        (stats(10, errors=2), True),
+        (stats(10, errors=3), False),
         (stats(100, errors=10), True),
         (stats(100, errors=11), False),
         (SlotReport(SlotStatus.FAILED, "died"), False),
         (SlotReport(SlotStatus.READY, loss=3.09, live_loss=3.0), True),
         # Of a replica that has joined meanwhile
         (SlotReport(SlotStatus.READY, loss=3.11, live_loss=3.0), False),
-        (stats(MIN_JUDGED_SEQUENCES, s_per_token=0.0199), True),
-        (stats(MIN_JUDGED_SEQUENCES, s_per_token=0.0201), False),
-        (stats(MIN_JUDGED_SEQUENCES - 1, s_per_token=9), True),
+        (stats(20, s_per_token=2 / 64), True),  # exactly twice as long
+        (stats(20, s_per_token=0.0313), False),
+        (stats(19, s_per_token=9), True),
     ],
 )
 def test_errors_and_slowness_roll_back(new: SlotReport, *, stays: bool, canary: bool) -> None:
     state = step(loading(canary_percent=10.0 if canary else None), {1: READY, 2: READY})
     assert state.phase is (Phase.CANARY if canary else Phase.WATCHING)
-    after = step(state, {1: stats(500), 2: new}, elapsed_s=5)
+    after = step(state, {1: stats(500, s_per_token=1 / 64), 2: new}, elapsed_s=5)
     if stays:
         assert after == state
         return
@@ -257,7 +267,8 @@ def test_a_canary_has_its_share_of_the_keys_and_keeps_them(percent: float) -> No
 
 def test_a_rollback_ends_what_is_on_or_loads_the_version_before() -> None:
     assert roll_back(loading(), "why").needed == [OLD]
-    assert roll_back(watching(), "why").route == Route(epoch=3, primary=1)
+    ended = roll_back(watching(), "why")
+    assert ended.route == Route(epoch=3, primary=1) and ended.previous is None
     with pytest.raises(DeliveryError, match="no earlier version"):
         roll_back(STEADY, "why")
     settled = step(watching(), {2: READY}, elapsed_s=10)
@@ -267,6 +278,32 @@ def test_a_rollback_ends_what_is_on_or_loads_the_version_before() -> None:
     returned = step(step(returning, {2: READY, 3: READY}), {2: READY, 3: READY})
     assert returned.phase is Phase.STEADY and returned.live.checkpoint == "/old"
     assert returned.previous is not None and returned.previous.checkpoint == "/new"
+
+
+def test_terms_that_are_not_given_are_strict() -> None:
+    state = start(STEADY, NEW, Terms(watch_s=10))
+    for loss, phase in ((3.0, Phase.WATCHING), (3.01, Phase.STEADY)):
+        measured = SlotReport(SlotStatus.READY, loss=loss, live_loss=3.0)
+        assert step(state, {1: READY, 2: measured}).phase is phase
+    assert step(state, {1: READY}, elapsed_s=600) == state
+    assert step(state, {1: READY}, elapsed_s=601).phase is Phase.STEADY
+    live = step(state, {1: READY, 2: READY})
+    assert step(live, {2: stats(300, errors=3)}) == live, "a hundredth may fail"
+    assert step(live, {2: stats(200, errors=3)}).live == OLD
+
+
+def test_the_last_twenty_promotions_are_remembered() -> None:
+    state = STEADY
+    for number in range(21):
+        state = roll_back(start(state, NEW, TERMS), f"reason {number}")
+    reasons = [ended.reason for ended in state.history]
+    assert reasons == [f"reason {number}" for number in range(1, 21)]
+
+
+@pytest.mark.parametrize("name", ["epoch", "phase", "live"])
+def test_a_state_never_changes_in_place(name: str) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(STEADY, name, getattr(loading(), name))
 
 
 def test_what_was_refused_or_rolled_back_is_withdrawn_until_it_is_promoted() -> None:
@@ -294,9 +331,8 @@ def test_one_promotion_at_a_time() -> None:
 
 
 def test_a_coordinator_that_lost_its_last_decision_makes_a_newer_one() -> None:
-    assert advance(STEADY, reports({1: READY}, epoch=7), elapsed_s=0).route == Route(
-        epoch=8, primary=1
-    )
+    late, newer = reports({1: READY}), reports({1: READY}, epoch=7)
+    assert advance(STEADY, [*late, *newer], elapsed_s=0).route == Route(epoch=8, primary=1)
 
 
 EVENTS = st.lists(

@@ -59,6 +59,7 @@ def test_a_sequence_waits_is_read_and_frees_its_place() -> None:
     first, second = target.add(request(1, max_tokens=2)), target.add(request(2, max_tokens=1))
     assert (target.num_running, target.num_waiting) == (0, 2)
     assert step(target) == [(1, 0, 1)]
+    assert (first.num_read, second.num_read) == (1, 0)
     assert (len(first.blocks), target.num_running, target.num_waiting) == (1, 1, 1)
     assert step(target) == [(1, 1, 2)]
     assert (first.blocks, first.output_ids, target.num_running) == ([], [5, 5], 0)
@@ -76,6 +77,17 @@ def test_reasons_to_finish() -> None:
     assert kept.sequence.output_ids == [EOS]
 
 
+def test_a_sequence_may_not_end_before_its_least_number_of_tokens() -> None:
+    target = scheduler()
+    long = replace(request(1, max_tokens=9), min_tokens=2, stop_token_ids=(7,))
+    sequence = target.add(long)
+    forbidden = []
+    for _ in range(3):
+        forbidden.append(sequence.forbidden_ids)
+        step(target)
+    assert forbidden == [{EOS, 7}, {EOS, 7}, set()]
+
+
 def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
     sequence = target.add(of)
     [chunk] = [chunk for chunk in target.plan() if chunk.sequence is sequence]
@@ -84,6 +96,7 @@ def _admitted(target: Scheduler, of: SequenceRequest) -> Chunk:
 
 def test_a_plan_tells_whom_it_admits_and_counts_prompt_tokens_read_or_in_the_cache() -> None:
     target = scheduler(budget=20, keep_prefixes=True)
+    assert (target.num_prompt_tokens, target.num_looked_up, target.num_found) == (0, 0, 0)
     target.add(request(0, num_prompt=30, max_tokens=9))
     step(target)
     assert (target.admitted, target.num_prompt_tokens) == ([0], 20)
@@ -146,15 +159,18 @@ def test_a_step_that_reads_few_prompt_tokens_tells_nothing_about_their_speed() -
 
 
 def learn_speed(target: Scheduler, *, tokens_per_s: float) -> None:
-    read = Chunk(Sequence(request(99, num_prompt=100)), 0, 100)
-    target.learn_speed([read], seconds=100 / tokens_per_s)
+    read = Chunk(Sequence(request(99, num_prompt=100)), 90, 100)
+    target.learn_speed([read], seconds=10 / tokens_per_s)
 
 
 def test_sequences_without_a_place_make_no_burst() -> None:
     target = scheduler(max_num_seqs=2, budget=10)
-    for seq_id in range(50):
+    learn_speed(target, tokens_per_s=1e6)
+    target.add(request(0, max_tokens=9))
+    step(target)
+    for seq_id in range(1, 50):
         target.add(request(seq_id, num_prompt=30, max_tokens=9))
-    assert step(target) == [(0, 0, 10)]
+    assert step(target) == [(0, 1, 2), (1, 0, 20)]  # one waits for each, and 48 for a place
 
 
 def test_a_sequence_waits_for_blocks_for_all_that_it_may_get() -> None:
