@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <utility>
+
 #include "matrix.h"
 #include "team.h"
 
@@ -14,16 +16,74 @@ struct Numbers2 {
     Numbers2 transposed() const { return {at, column, row}; }
 };
 
-// Copies columns `first` to `first` + PANEL - 1 of a matrix (K, N) as a panel; those beyond N are zeros.
-inline void pack_panel(const Numbers2& numbers, int depth, int first, int num_columns, float* to) {
-    const int width = std::min(PANEL, num_columns - first);
-    if (width < PANEL) std::fill_n(to, size_t(depth) * PANEL, 0.0f);
-    if (numbers.column == 1) {
-        for (int k = 0; k < depth; k++) std::copy_n(numbers.at + k * numbers.row + first, width, to + size_t(k) * PANEL);
-        return;
+// Mixes two vectors number by number: their first halves, or from LANES / 2 on their second ones.
+template <int FROM, int... i>
+inline F32 mixed(F32 a, F32 b, std::integer_sequence<int, i...>) {
+    return __builtin_shuffle(a, b, I32{(FROM + i / 2 + i % 2 * LANES)...});
+}
+
+// Makes columns of rows: each round moves one bit of a number's row into its column, and one of its column into its row.
+inline void transpose(F32 (&rows)[LANES]) {
+    constexpr std::make_integer_sequence<int, LANES> lanes;
+#pragma GCC unroll 4
+    for (int round = 1; round < LANES; round *= 2) {
+        F32 next[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = mixed<0>(rows[i], rows[i + LANES / 2], lanes);
+            next[2 * i + 1] = mixed<LANES / 2>(rows[i], rows[i + LANES / 2], lanes);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
-    for (int n = 0; n < width; n++)
-        for (int k = 0; k < depth; k++) to[size_t(k) * PANEL + n] = numbers(k, first + n);
+}
+
+// Copies columns `first` to `first` + WIDTH - 1 of a matrix (K, N), row behind row; those beyond N are zeros.
+template <int WIDTH>
+void pack(const Numbers2& numbers, int depth, int first, int num_columns, float* to) {
+    const int width = std::min(WIDTH, num_columns - first);
+    if (width < WIDTH) std::fill_n(to, size_t(depth) * WIDTH, 0.0f);
+    const Numbers2 from = {numbers.at + first * numbers.column, numbers.row, numbers.column};
+    int k = 0;
+    if (from.column == 1 && width == WIDTH) {
+        for (; k < depth; k++) std::memcpy(to + size_t(k) * WIDTH, from.at + k * from.row, WIDTH * sizeof(float));
+    } else if (from.row == 1) {  // number by number, this took as long as a tenth of the product
+        for (; k + LANES <= depth; k += LANES) {
+#pragma GCC unroll 4
+            for (int n = 0; n < WIDTH; n += LANES) {
+                F32 some[LANES] = {};
+                for (int i = 0; i < std::min(LANES, WIDTH - n); i++)
+                    if (n + i < width) some[i] = load(from.at + k + (n + i) * from.column);
+                transpose(some);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++)
+                    std::memcpy(to + size_t(k + i) * WIDTH + n, &some[i], std::min(LANES, WIDTH - n) * sizeof(float));
+            }
+        }
+    }
+    for (; k < depth; k++)
+        for (int n = 0; n < width; n++) to[size_t(k) * WIDTH + n] = from(k, n);
+}
+
+// Goes on with the sums of the rows of a tile and the columns of a panel, along `depth` numbers more of each.
+__attribute__((noinline)) inline void go_on(const float* panel, const float* tile, int depth, bool begins, float* to) {
+    F32 sums[TILE][VECTORS] = {};
+    if (!begins)
+        for (int m = 0; m < TILE; m++)
+            for (int v = 0; v < VECTORS; v++) sums[m][v] = load(to + (m * VECTORS + v) * LANES);
+    for (int k = 0; k < depth; k++, panel += PANEL, tile += TILE) {
+        F32 weights[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + v * LANES);
+#pragma GCC unroll 8
+        for (int m = 0; m < TILE; m++) {
+            const F32 input = splat(tile[m]);
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) sums[m][v] = fused(weights[v], input, sums[m][v]);
+        }
+    }
+    for (int m = 0; m < TILE; m++)
+        for (int v = 0; v < VECTORS; v++) store(to + (m * VECTORS + v) * LANES, sums[m][v]);
 }
 
 // Copies a matrix (M, K) row by row.
@@ -33,6 +93,10 @@ inline void pack_rows(const Numbers2& numbers, int first, int last, int depth, f
         if (numbers.column == 1) std::copy_n(numbers.at + m * numbers.row, depth, row);
         else for (int k = 0; k < depth; k++) row[k] = numbers(m, k);
     }
+}
+
+inline void pack_panel(const Numbers2& numbers, int depth, int first, int num_columns, float* to) {
+    pack<PANEL>(numbers, depth, first, num_columns, to);
 }
 
 // Calls done(row, column, sums, valid) with the vectors of rows (num_rows, K) times a panel whose first column is `first`.

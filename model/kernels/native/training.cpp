@@ -21,8 +21,8 @@ constexpr int COLUMN_PIECE = 64;  // columns whose sums along the tokens one thr
 
 // Memory of the calling thread that it keeps for the next product: getting it anew would cost a small one more than itself.
 float* kept(int use, size_t count) {
-    thread_local Buffer<float> memory[2];
-    thread_local size_t counts[2] = {};
+    thread_local Buffer<float> memory[3];
+    thread_local size_t counts[3] = {};
     if (counts[use] < count) {
         memory[use].reset();
         memory[use] = allocate<float>(count);
@@ -31,22 +31,58 @@ float* kept(int use, size_t count) {
     return memory[use].get();
 }
 
+// A piece of a product: so many rows, columns, and numbers along the inner dimension that the rows and a panel stay in the
+// processor's second cache while they are used. Sums go on from one depth to the next, so no bit depends on these.
+constexpr int PIECE_ROWS = 512, PIECE_COLUMNS = 768, PIECE_DEPTH = 256;
+
+struct Part {
+    int first, count;
+};
+
+// Calls done(row, column, sums, valid) for a part of the rows of A (M, K) times a part of the columns of B (K, N).
+template <class Done>
+void multiply_part(int K, Part rows, Part columns, const Numbers2& a, const Numbers2& b, const Done& done) {
+    const int tiles = (rows.count + TILE - 1) / TILE, panels = (columns.count + PANEL - 1) / PANEL;
+    const int blocks = (K + PIECE_DEPTH - 1) / PIECE_DEPTH, most = (K + blocks - 1) / blocks;
+    float *packed = kept(0, size_t(tiles) * TILE * most), *panel = kept(1, size_t(most) * PANEL);
+    float* sums = kept(2, size_t(tiles) * panels * TILE * PANEL);
+    for (int k = 0; k < K; k += most) {
+        const int depth = std::min(most, K - k);
+        const Numbers2 a_t = Numbers2{a.at + k * a.column + rows.first * a.row, a.column, a.row}, some = b.from_row(k);
+        for (int t = 0; t < tiles; t++) pack<TILE>(a_t, depth, t * TILE, rows.count, packed + size_t(t) * TILE * depth);
+        for (int p = 0; p < panels; p++) {
+            pack<PANEL>(some, depth, columns.first + p * PANEL, columns.first + columns.count, panel);
+            for (int t = 0; t < tiles; t++) {
+                float* at = sums + (size_t(p) * tiles + t) * TILE * PANEL;
+                go_on(panel, packed + size_t(t) * TILE * depth, depth, k == 0, at);
+#ifndef BYROW
+                if (k + depth < K) continue;
+                for (int m = 0; m < std::min(TILE, rows.count - t * TILE); m++)
+                    for (int n = 0; n < std::min(PANEL, columns.count - p * PANEL); n += LANES)
+                        done(rows.first + t * TILE + m, columns.first + p * PANEL + n, load(at + m * PANEL + n),
+                             std::min(LANES, columns.count - p * PANEL - n));
+#endif
+            }
+        }
+    }
+#ifdef BYROW
+    for (int m = 0; m < rows.count; m++)
+        for (int p = 0; p < panels; p++) {
+            const float* at = sums + (size_t(p) * tiles * TILE + m) * PANEL;
+            for (int n = 0; n < std::min(PANEL, columns.count - p * PANEL); n += LANES)
+                done(rows.first + m, columns.first + p * PANEL + n, load(at + n), std::min(LANES, columns.count - p * PANEL - n));
+        }
+#endif
+}
+
 // Calls done(row, column, sums, valid) for all of A (M, K) times B (K, N).
 template <class Done>
 void product(int num_threads, int M, int K, int N, const Numbers2& a, const Numbers2& b, const Done& done) {
-    const int panels = (N + PANEL - 1) / PANEL, blocks = (M + ROWS - 1) / ROWS;
-    const bool in_place = a.column == 1 && a.row == size_t(K);
-    float *packed = kept(0, size_t(panels) * K * PANEL), *rows = in_place ? nullptr : kept(1, size_t(M) * K);
-    Threads::share(num_threads, panels + (in_place ? 0 : blocks), [&](int i) {
-        if (i < panels) return pack_panel(b, K, i * PANEL, N, &packed[size_t(i) * K * PANEL]);
-        const int first = (i - panels) * ROWS;
-        pack_rows(a, first, std::min(first + ROWS, M), K, &rows[size_t(first) * K]);
-    });
-    const float* inputs = in_place ? a.at : rows;
-    Threads::share(num_threads, panels * blocks, [&](int i) {
-        const int first = i / panels * ROWS, p = i % panels;
-        multiply_panel(&packed[size_t(p) * K * PANEL], inputs + size_t(first) * K, K, std::min(ROWS, M - first), p * PANEL, N,
-                       [&](int row, int column, F32 sums, int valid) { done(first + row, column, sums, valid); });
+    const int height = PIECE_ROWS / TILE * TILE, width = PIECE_COLUMNS / PANEL * PANEL;
+    const int strips = (M + height - 1) / height, across = (N + width - 1) / width;
+    Threads::share(num_threads, strips * across, [&](int i) {
+        const int row = i % strips * height, column = i / strips * width;
+        multiply_part(K, {row, std::min(height, M - row)}, {column, std::min(width, N - column)}, a, b, done);
     });
 }
 
