@@ -17,7 +17,7 @@ from ray.train.v2.api.config import ScalingConfig
 from cluster.storage.lending import Lender
 from cluster.storage.uris import Storage
 from jobs.ray_train.cluster_view import gone_nodes, wait_until_known
-from jobs.ray_train.worker_count import WorkerCount, workers_to_run
+from jobs.ray_train.worker_count import WorkerCount, starts_again, workers_to_run
 from jobs.run.storage_retry import patiently
 from jobs.workers.incident_notes import note
 from jobs.workers.left_out_nodes import left_out_ids
@@ -64,15 +64,14 @@ class LendingPolicy(ElasticScalingPolicy):
         return self._noted(decision)
 
     def _is_due(self, num_workers: int) -> bool:
-        """Reports whether a running group is to start again with this number. One does not that only
-        loses nodes, or that gets back all that it has lost: its other workers go on
-        (`node_losses`)."""
-        config = self.scaling_config
-        num_trained = self._num_running - self.num_vacant
-        if num_workers > num_trained:
-            return not self.num_vacant or num_workers != self._num_running
-        most = max(config.max_workers - self._lender.num_lent(), config.min_workers)
-        return most < num_trained
+        return starts_again(
+            num_workers,
+            num_lent=self._lender.num_lent(),
+            min_workers=self.scaling_config.min_workers,
+            max_workers=self.scaling_config.max_workers,
+            num_seats=self._num_running,
+            num_vacant=self.num_vacant,
+        )
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         num_seats, self.num_seats = self.num_seats, None

@@ -31,3 +31,20 @@ def workers_to_run(
         wanted = min(wanted, num_running + num_free)
     to_run = counts.get(wanted, wanted)
     return WorkerCount(to_run, spares=wanted - to_run)
+
+
+def starts_again(
+    num_workers: int,
+    *,
+    num_lent: int,
+    min_workers: int,
+    max_workers: int,
+    num_seats: int,
+    num_vacant: int,
+) -> bool:
+    """Reports whether a group of these seats is to start again with this number of workers. One does
+    not that only loses nodes, or that gets back all that it has lost: its other workers go on."""
+    num_training = num_seats - num_vacant
+    if num_workers > num_training:
+        return num_workers != num_seats
+    return max(max_workers - num_lent, min_workers) < num_training

@@ -4,7 +4,8 @@
 
 Both take one step each in turn, on one thread; the ratio is the median of the rounds', and above 1
 it says that portable steps cost more. Prints a line, and one JSON object at last. All are held to
-AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
+AVX2 by RAYMILL_KERNELS_MARCH=x86-64-v3 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+MKL_ENABLE_INSTRUCTIONS=AVX2; MKL obeys the last one alone, on processors of Intel.
 """
 
 import argparse

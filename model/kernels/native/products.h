@@ -65,8 +65,9 @@ void pack(const Numbers2& numbers, int depth, int first, int num_columns, float*
         for (int n = 0; n < width; n++) to[size_t(k) * WIDTH + n] = from(k, n);
 }
 
-// Goes on with the sums of the rows of a tile and the columns of a panel, along `depth` numbers more of each.
-__attribute__((noinline)) inline void go_on(const float* panel, const float* tile, int depth, bool begins, float* to) {
+// Continues the sums of the rows of a tile and the columns of a panel, along `depth` numbers more of each.
+__attribute__((noinline)) inline void continue_sums(const float* panel, const float* tile, int depth, bool begins,
+                                                    float* to) {
     F32 sums[TILE][VECTORS] = {};
     if (!begins)
         for (int m = 0; m < TILE; m++)

@@ -54,35 +54,30 @@ void multiply_part(int K, Part rows, Part columns, const Numbers2& a, const Numb
             pack<PANEL>(some, depth, columns.first + p * PANEL, columns.first + columns.count, panel);
             for (int t = 0; t < tiles; t++) {
                 float* at = sums + (size_t(p) * tiles + t) * TILE * PANEL;
-                go_on(panel, packed + size_t(t) * TILE * depth, depth, k == 0, at);
-#ifndef BYROW
+                continue_sums(panel, packed + size_t(t) * TILE * depth, depth, k == 0, at);
                 if (k + depth < K) continue;
                 for (int m = 0; m < std::min(TILE, rows.count - t * TILE); m++)
                     for (int n = 0; n < std::min(PANEL, columns.count - p * PANEL); n += LANES)
                         done(rows.first + t * TILE + m, columns.first + p * PANEL + n, load(at + m * PANEL + n),
                              std::min(LANES, columns.count - p * PANEL - n));
-#endif
             }
         }
     }
-#ifdef BYROW
-    for (int m = 0; m < rows.count; m++)
-        for (int p = 0; p < panels; p++) {
-            const float* at = sums + (size_t(p) * tiles * TILE + m) * PANEL;
-            for (int n = 0; n < std::min(PANEL, columns.count - p * PANEL); n += LANES)
-                done(rows.first + m, columns.first + p * PANEL + n, load(at + n), std::min(LANES, columns.count - p * PANEL - n));
-        }
-#endif
 }
 
 // Calls done(row, column, sums, valid) for all of A (M, K) times B (K, N).
 template <class Done>
 void product(int num_threads, int M, int K, int N, const Numbers2& a, const Numbers2& b, const Done& done) {
-    const int height = PIECE_ROWS / TILE * TILE, width = PIECE_COLUMNS / PANEL * PANEL;
-    const int strips = (M + height - 1) / height, across = (N + width - 1) / width;
-    Threads::share(num_threads, strips * across, [&](int i) {
-        const int row = i % strips * height, column = i / strips * width;
-        multiply_part(K, {row, std::min(height, M - row)}, {column, std::min(width, N - column)}, a, b, done);
+    int tiles = PIECE_ROWS / TILE, panels = PIECE_COLUMNS / PANEL;  // of a piece
+    const auto strips = [&] { return (M + tiles * TILE - 1) / (tiles * TILE); };
+    const auto across = [&] { return (N + panels * PANEL - 1) / (panels * PANEL); };
+    // Smaller ones where there would be too few for the threads
+    while (num_threads > 1 && strips() * across() < 4 * num_threads && (tiles > 8 || panels > 4))
+        (tiles * TILE > panels * PANEL ? tiles : panels) /= 2;
+    Threads::share(num_threads, strips() * across(), [&](int i) {
+        const int row = i % strips() * tiles * TILE, column = i / strips() * panels * PANEL;
+        const Part rows = {row, std::min(tiles * TILE, M - row)}, columns = {column, std::min(panels * PANEL, N - column)};
+        multiply_part(K, rows, columns, a, b, done);
     });
 }
 

@@ -3,7 +3,7 @@ would be slower."""
 
 import pytest
 
-from jobs.ray_train.worker_count import WorkerCount, workers_to_run
+from jobs.ray_train.worker_count import WorkerCount, starts_again, workers_to_run
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,35 @@ def test_workers_to_run__keeps_spares_where_the_plan_says_so(
     assert (
         workers_to_run(possible, min_workers=1, max_workers=64, **sizes, counts=WHOLE_NODES)
         == found
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_seats", "num_vacant", "num_lent", "starts"),
+    [
+        (3, 4, 0, 0, False),  # a node is about to go
+        (3, 4, 1, 0, False),  # it is gone
+        (4, 4, 1, 0, False),  # it is back, and its seat is filled alone
+        (3, 4, 2, 0, True),  # one of two is back, for which Ray places none of the seats
+        (6, 4, 1, 0, True),  # more than the group has seats for
+        (5, 4, 0, 0, True),
+        (4, 6, 0, 2, True),  # lent
+        (4, 6, 2, 2, False),  # the lost nodes were as many
+        (3, 6, 2, 3, True),
+        (2, 2, 0, 9, False),  # never below min_workers
+    ],
+)
+def test_a_group_starts_again_only_where_its_workers_cannot_go_on(
+    num_workers: int, num_seats: int, num_vacant: int, num_lent: int, starts: bool
+) -> None:
+    assert (
+        starts_again(
+            num_workers,
+            num_lent=num_lent,
+            min_workers=2,
+            max_workers=6,
+            num_seats=num_seats,
+            num_vacant=num_vacant,
+        )
+        == starts
     )
