@@ -161,13 +161,13 @@ def test_a_client_that_leaves_holds_up_nobody(checkpoint: Path) -> None:
             isinstance(one, asyncio.CancelledError)
             for one in await asyncio.gather(*costly, return_exceptions=True)
         )
-        with pytest.raises(GrammarError, match=r"more than 0\.4 s"):
+        with pytest.raises(GrammarError, match=r"more than 0\.2 s"):
             await grammars.require(exploding("others"), stays.asker)
-        with pytest.raises(GrammarError, match=r"more than 0\.4 s"):
+        with pytest.raises(GrammarError, match=r"more than 0\.2 s"):
             await shared  # which somebody else wanted too
         assert stays.charged_s < 1.5, "what nobody waited for was ended at once"
 
-    checked(checkpoint, check, GrammarBounds(attempts_s=(0.4,)))
+    checked(checkpoint, check, GrammarBounds(attempts_s=(0.2,)))
 
 
 def test_numbers_of_many_remainders_are_refused_before_anything_is_asked(checkpoint: Path) -> None:
