@@ -91,12 +91,14 @@ class Attempt:
         )
 
     def enter(self, step: int) -> None:
-        """Raises `LostPeerError` where the round of the workers' meetings is over: one that trains
-        alone learns it from no message."""
+        """Raises `LostPeerError` where the round of the workers' meetings is over: that another
+        worker comes is learnt from no message."""
         meeting = self.group.meeting
         meeting.progress.step = step
-        if meeting.aborted.is_set():
-            raise LostPeerError(f"step {step}: another worker comes")
+        if meeting.ended.is_set():
+            raise LostPeerError(
+                f"step {step}: the workers' meeting is over, another worker comes or was lost"
+            )
         self.notices.ask()
 
     def measure(self, step: int) -> AuditedStep | None:

@@ -274,9 +274,11 @@ class Rendezvous:
                 if hang_watch:
                     self._obey(hang_watch.verdict(), left)
                     hang_watch = None
+                # Steps that wait for nobody are left here, when a worker comes: by all, as the first
+                # one to look closes its connections
+                meeting.ended.set()
                 if len(self.seats) == 1:
-                    meeting.aborted.set()  # it has no message to abort: it looks between its steps
-                    return
+                    return  # it has no message to abort
                 if not self._is_waiting():
                     waits_since = None
                     continue

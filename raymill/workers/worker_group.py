@@ -27,6 +27,8 @@ class Meeting:
     number: int = 0
     aborted: threading.Event = field(default_factory=threading.Event)
     """Set before this worker's messages are aborted."""
+    ended: threading.Event = field(default_factory=threading.Event)
+    """Set once the round is over: whoever is in it leaves before the next step."""
     progress: Progress = field(default_factory=Progress)
     """How far this worker is in this round."""
 

@@ -23,12 +23,14 @@ NUM_SEATS = 3
 class SeatedGroup:
     """Processes that add up their ranks for as long as they live."""
 
-    def __init__(self, address: str, folder: Path, *, num_sums: int) -> None:
-        self._address, self._folder, self._num_sums = address, folder, num_sums
+    def __init__(
+        self, address: str, folder: Path, *, num_sums: int, how: str | None = None
+    ) -> None:
+        self._address, self._folder, self._num_sums, self._how = address, folder, num_sums, how
         self.processes = [self.start(seat) for seat in range(NUM_SEATS)]
 
     def start(self, seat: int) -> BaseProcess:
-        work = partial(meet, log=self._folder / f"{seat}.log")
+        work = partial(meet, log=self._folder / f"{seat}.log", how=self._how)
         process = worker_process(work, self._address, seat, NUM_SEATS, self._num_sums)
         process.start()
         return process
@@ -68,9 +70,10 @@ class SeatedGroup:
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[SeatedGroup]:
+def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SeatedGroup]:
     with meeting_place("127.0.0.1") as address:
-        seated = SeatedGroup(address, tmp_path, num_sums=1_000_000)
+        how = getattr(request, "param", None)
+        seated = SeatedGroup(address, tmp_path, num_sums=1_000_000, how=how)
         try:
             seated.wait_for_sum([0, 1, 2])
             yield seated
@@ -91,6 +94,15 @@ def test_the_others_go_on_without_a_lost_one_and_with_it_when_it_is_back(
     stayed = [other for other in range(NUM_SEATS) if other != seat]
     assert all(group.processes[other].pid == pids[other] for other in stayed)
     assert all(group.processes[other].is_alive() for other in range(NUM_SEATS))
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("group", ["balanced"], indirect=True)
+def test_those_who_wait_for_nobody_are_joined_too(group: SeatedGroup) -> None:
+    group.lose(1)
+    group.wait_for_sum([0, 2])
+    group.come_back(1)
+    group.wait_for_sum([0, 1, 2])
 
 
 @pytest.mark.more
