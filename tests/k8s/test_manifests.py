@@ -302,5 +302,8 @@ def test_the_autoscaler_ends_at_sigterm_as_the_first_process_of_its_container(ki
 
 
 def _has_started(pid: int) -> bool:
-    """Says whether what the shell starts is there."""
-    return "sleep" in [process.name() for process in psutil.Process(pid).children(recursive=True)]
+    """Says whether what the shell starts is there, and the shell waits for it: between the two it
+    does not know yet what it is to end."""
+    shell, *started = psutil.Process(pid).children(recursive=True) or [None]
+    is_there = "sleep" in [process.name() for process in started]
+    return is_there and shell.status() == psutil.STATUS_SLEEPING
