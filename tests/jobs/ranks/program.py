@@ -165,7 +165,7 @@ class Recorder:
         each = [len(own)] * self._world_size
         assert len(table) == sum(each)
         self._note_call(self._of_all(each, own.itemsize), self._of_all(each, own.itemsize))
-        raise NothingThereError
+        raise NothingThereError("nobody has sent it")
 
     def _of_all(self, lengths: list[int], itemsize: int) -> Messages:
         """Returns the messages of all other ranks, given the length of each."""

@@ -222,7 +222,7 @@ class Timeline(TorchDispatchMode):
 
     def _all_gather(self, table: Tensor, own: Tensor) -> None:
         self._send([(table, True), (own, False)]).wait()
-        raise NothingThereError
+        raise NothingThereError("nobody has sent it")
 
     def _send(self, uses: list[tuple[Tensor, bool]]) -> ModelEvent:
         """Has NCCL's stream send and receive behind the current one. Returns the event behind
