@@ -58,8 +58,9 @@ def test_a_head_keeps_its_state_in_redis_by_tls(tmp_path: Path) -> None:
             plain.sendall(b"PING\r\n")
             plain.recv(100)
         shared = cluster_spec(find(objects, "RayCluster/shared"))
-        (authority,) = shared["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
-        assert authority == {"name": "RAY_REDIS_CA_CERT", "value": f"{SECRET}/ca.crt"}
+        variables = shared["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+        (authority,) = [one for one in variables if one["name"] == "RAY_REDIS_CA_CERT"]
+        assert authority["value"] == f"{SECRET}/ca.crt"
         authority["value"] = str(tmp_path / "ca.crt")
         scheme = shared["gcsFaultToleranceOptions"]["redisAddress"].partition("://")[0]
         redis = Redis(f"{scheme}://127.0.0.1:{port}", password)
