@@ -280,12 +280,67 @@ CANARIES = [
         f"{GROUP}.worker_group",
         "callback.after_worker_group_training_start(self)",
     ),
-    # jobs/ray_train/node_losses.py: a lost node's seats are vacant, and filled again.
+    # jobs/ray_train/seated_group.py: seats have places of their own, and others come.
+    Canary(
+        f"{TRAIN}.execution.controller.controller.TrainController.worker_group_cls",
+        None,
+        f"{TRAIN}.execution.controller.controller",
+        "self._worker_group = self.worker_group_cls.create(",
+    ),
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup._create_placement_group",
+        "self scaling_config worker_group_context",
+        f"{GROUP}.worker_group",
+        "pg_handle = self._create_placement_group(",
+    ),
+    Canary(
+        f"{GROUP}.placement_group_handle.PlacementGroupHandle",
+        None,
+        f"{GROUP}.worker_group",
+        "if not pg_handle.wait(self._worker_group_start_timeout_s):",
+    ),
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup._create_workers",
+        "self num_workers placement_group resources_per_worker placement_group_bundle_indices "
+        "starting_world_rank world_size replica_group_size",
+        f"{GROUP}.worker_group",
+        "starting_world_rank=replica_group_index",
+    ),
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup._init_train_context",
+        "self workers sync_actor",
+        f"{GROUP}.worker_group",
+        "self._init_train_context(new_workers, sync_actor)",
+    ),
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup",
+        None,
+        f"{GROUP}.worker_group",
+        "self._replica_groups[replica_group_index] = new_replica_group",
+    ),
+    Canary(
+        f"{GROUP}.worker_group.WorkerGroup",
+        None,
+        f"{GROUP}.worker_group",
+        "worker_rank_to_replica_group_rank=self._worker_rank_to_replica_group_rank",
+    ),
     Canary(
         f"{GROUP}.worker_group.WorkerGroup.get_replica_groups",
         "self",
         f"{GROUP}.worker_group",
-        "if i != replica_group_index and rg.is_active():",
+        "return self._replica_groups",
+    ),
+    Canary(
+        f"{GROUP}.execution_group.ReplicaGroup.__init__",
+        "self workers resources_per_worker callbacks",
+        f"{GROUP}.worker_group",
+        "new_replica_group = ReplicaGroup(",
+    ),
+    Canary(
+        f"{GROUP}.execution_group.ReplicaGroup.start_training",
+        "self worker_group_context",
+        f"{GROUP}.worker_group",
+        "new_replica_group.start_training(self._worker_group_context)",
     ),
     Canary(
         f"{GROUP}.execution_group.ReplicaGroup.shutdown",
@@ -293,12 +348,22 @@ CANARIES = [
         f"{GROUP}.worker_group",
         "old_replica_group.shutdown()",
     ),
+    # jobs/ray_train/joiners.py
     Canary(
-        f"{GROUP}.worker_group.WorkerGroup.replace_replica_group",
-        "self replica_group_index",
+        f"{TRAIN}.exceptions.WorkerGroupStartupFailedError",
+        None,
         f"{GROUP}.worker_group",
-        "placement_group_bundle_indices=old_placement_group_bundle_indices",
+        "raise WorkerGroupStartupFailedError(error_msg) from actor_error",
     ),
+    # jobs/ray_train/callbacks.py: a group's name.
+    Canary(
+        f"{TRAIN}.execution.context.TrainContext.get_synchronization_actor",
+        "self",
+        f"{TRAIN}.execution.context",
+        "sync_actor = self.get_synchronization_actor()",
+    ),
+    Canary("ray.actor.ActorHandle._actor_id", None, "ray.actor", "return self._ray_actor_id"),
+    # jobs/ray_train/node_losses.py: what a worker tells.
     Canary(
         f"{GROUP}.worker.WorkerStatus",
         None,
@@ -306,6 +371,7 @@ CANARIES = [
         "status.preemption_info is not None",
     ),
     Canary(f"{GROUP}.worker.WorkerStatus", None, f"{GROUP}.poll", "not status.running for status"),
+    # While some workers are replaced, a decision for as many leaves the others alone.
     Canary(
         f"{GROUP}.poll.WorkerGroupPollStatus.failing_replica_group_indices",
         None,

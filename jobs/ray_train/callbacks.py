@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+from ray.actor import ActorHandle
 from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
@@ -18,10 +19,6 @@ from jobs.workers.incident_notes import note
 from jobs.workers.preemption import Signals
 
 
-class VacantSeatError(Exception):
-    """No failure: it makes Ray Train start a worker in a vacant seat."""
-
-
 class FailureRecorder(UserCallback):
     """Notes why a worker group failed; called in Ray Train's controller."""
 
@@ -31,13 +28,7 @@ class FailureRecorder(UserCallback):
     def after_exception(
         self, run_context: Any, worker_exceptions: Mapping[int, BaseException]
     ) -> None:
-        reasons = {
-            rank: str(error)
-            for rank, error in worker_exceptions.items()
-            if not isinstance(error, VacantSeatError)
-        }
-        if not reasons:
-            return
+        reasons = {rank: str(error) for rank, error in worker_exceptions.items()}
         rank, kind, reason = main_cause(reasons)
         run = self._plan.run  # if its storage is out of reach, the controller must not stop
         write = partial(note, run, "failure", rank=rank, kind=kind, reason=reason)
@@ -59,6 +50,13 @@ class SignalListener(WorkerCallback):
 
     def after_init_train_context(self) -> None:
         signal.signal(signal.SIGTERM, lambda signum, frame: _sigterms.append(signum))
+
+
+def group_name(meets: ActorHandle | None = None) -> str:
+    """Returns the name of a group, by the actor through which Ray Train has its workers meet: by
+    default that of this worker's group."""
+    actor = meets or get_train_context().get_synchronization_actor()
+    return actor._actor_id.hex()
 
 
 def signals(seats: Collection[int]) -> Signals:

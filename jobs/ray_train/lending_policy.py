@@ -3,10 +3,12 @@ would be slower."""
 
 import threading
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -16,8 +18,9 @@ from ray.train.v2.api.config import ScalingConfig
 
 from cluster.storage.lending import Lender
 from cluster.storage.uris import Storage
-from jobs.ray_train.cluster_view import gone_nodes, wait_until_known
-from jobs.ray_train.worker_count import WorkerCount, starts_again, workers_to_run
+from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
+from jobs.ray_train.seated_group import SeatedGroup, remove_leftovers
+from jobs.ray_train.worker_count import WorkerCount, can_join, starts_again, workers_to_run
 from jobs.run.storage_retry import patiently
 from jobs.workers.incident_notes import note
 from jobs.workers.left_out_nodes import left_out_ids
@@ -42,22 +45,27 @@ class LendingPolicy(ElasticScalingPolicy):
         self._storage, self._run, self._counts = storage, run, counts
         self._num_running = 0
         self._count = WorkerCount(0)
-        self.num_vacant = 0
+        self.num_training = 0
         self.num_seats: int | None = None
+        self._alive: set[str] = set()  # ids of nodes, at the last look
         self._left_out: set[str] = set()  # ids of nodes, as the storage had them at the last start
 
     def after_controller_start(self, train_run_context: Any) -> None:
         self._lender = Lender(self._run)
         threading.Thread(target=self._lender.look_forever, name="lender", daemon=True).start()
+        TrainController.worker_group_cls = SeatedGroup
+        remove_leftovers(train_run_context)
         super().after_controller_start(train_run_context)
         _policies.append(self)
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> Any:
-        self._num_running = worker_group_state.num_workers
+        self._num_running = self.num_training
         decision = super().make_decision_for_running_worker_group(
-            worker_group_state, worker_group_status
+            # As if the vacant seats were none
+            replace(worker_group_state, workers=worker_group_state.workers[: self._num_running]),
+            worker_group_status,
         )
         if isinstance(decision, ResizeDecision) and not self._is_due(decision.num_workers):
             return NoopDecision()
@@ -69,9 +77,24 @@ class LendingPolicy(ElasticScalingPolicy):
             num_lent=self._lender.num_lent(),
             min_workers=self.scaling_config.min_workers,
             max_workers=self.scaling_config.max_workers,
-            num_seats=self._num_running,
-            num_vacant=self.num_vacant,
+            num_training=self._num_running,
+            counts=self._counts,
         )
+
+    def num_to_add(self, num_training: int) -> int:
+        """Returns how many workers can join those that train, one by one."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if alive != self._alive:
+            renew_view()
+            self._alive = alive
+        reserved = self._get_reserved_resources()
+        if reserved is None:
+            return 0
+        self._num_running = num_training
+        possible = self._count_possible_workers(reserved)
+        if not can_join(possible, num_training=num_training, counts=self._counts):
+            return 0
+        return max(possible - num_training, 0)
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         num_seats, self.num_seats = self.num_seats, None
@@ -128,12 +151,16 @@ _policies: list[LendingPolicy] = []
 """The policy of the controller whose process this is."""
 
 
-def tell_policy(*, num_vacant: int, num_seats: int | None) -> None:
-    """Tells the policy of this process's controller how many seats of the running group are vacant.
-    Where `num_seats` is a number, workers of the group are about to be replaced, and the group stays
-    as large."""
+def tell_policy(*, num_training: int, num_seats: int | None) -> None:
+    """Tells the policy of this process's controller how many workers train. Where `num_seats` is a
+    number, some of the group are about to be replaced, and it stays as large."""
     for policy in _policies:
-        policy.num_vacant, policy.num_seats = num_vacant, num_seats
+        policy.num_training, policy.num_seats = num_training, num_seats
+
+
+def num_to_add(num_training: int) -> int:
+    """Returns how many workers the policy of this process's controller lets join."""
+    return sum(policy.num_to_add(num_training) for policy in _policies)
 
 
 def give_back() -> None:

@@ -1,6 +1,6 @@
-"""What becomes of a group when a node dies, in Ray Train's controller: the other workers go on
-without its seats, with all that they have loaded, and a worker is started there again when a node
-is.
+"""What becomes of a group when nodes die or come, in Ray Train's controller: the other workers go on
+without a lost node's seats, with all that they have loaded, and one is started wherever there is
+room.
 
 Ray Train by itself ends all workers and starts a smaller group, and starts it once more when a node
 comes.
@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
+from itertools import count, islice
 from typing import Any
 
 from ray.train.v2._internal.execution.callback import (
@@ -18,11 +20,12 @@ from ray.train.v2._internal.execution.callback import (
     ReplicaGroupCallback,
     WorkerGroupCallback,
 )
-from ray.util import placement_group_table, remove_placement_group
 
-from jobs.ray_train.callbacks import FailureRecorder, VacantSeatError
+from jobs.ray_train.callbacks import FailureRecorder, group_name
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
-from jobs.ray_train.lending_policy import give_back, tell_policy
+from jobs.ray_train.joiners import Joiners
+from jobs.ray_train.lending_policy import give_back, num_to_add, tell_policy
+from jobs.ray_train.seated_group import SeatPlaces
 from jobs.workers.failures import is_left_out, is_lost_node
 from jobs.workers.round_end import RoundEnd, vacate
 
@@ -31,12 +34,12 @@ _STUCK_S = 15.0
 # At most: the others leave a step within two seconds, and then copy what no snapshot has
 _RESCUE_S = 30.0
 _POLL_S = 0.5
-_LOOK_S = 1.0  # from one look for a vacant seat's place to the next
+_LOOK_S = 1.0  # from one look for room for more workers to the next
 
 
 class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
-    """Leaves a lost node's seats vacant. Where too few workers would be left, or one was found
-    wrong, it makes Ray Train plan again, with the living nodes."""
+    """Leaves a lost node's seats vacant, and has workers start where there is room. Where too few
+    would be left, or one was found wrong, it makes Ray Train plan again, with the living nodes."""
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
         self._is_training = False
         self._vacant: set[int] = set()
         self._gone: set[str] = set()  # ids of nodes, at the last loss
-        self._is_filling, self._next_look_s = False, 0.0
+        self._next_look_s = 0.0
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         """Handles what has failed. Ray Train replaces the workers whose errors stay in the
@@ -66,47 +69,53 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
             for status in statuses.values():
                 status.preemption_info = None  # workers see to it, and Ray Train would end them
         self._settle_vacant(statuses)
-        errors = {
-            seat: error
-            for seat, error in worker_group_status.errors.items()
-            if not isinstance(error, VacantSeatError)
-        }
+        errors = worker_group_status.errors
         if any(is_left_out(error) for error in errors.values()):
             _end_all(statuses, "CorruptionError: another worker was found wrong")
         elif errors and (lost := self._lost(errors)):
             self._handle(lost, statuses)
         num_failed = len(worker_group_status.errors)
-        is_replacing = bool(self._vacant) and 0 < num_failed < len(statuses)
-        tell_policy(num_vacant=len(self._vacant), num_seats=len(statuses) if is_replacing else None)
+        if self._is_elastic and not num_failed and not worker_group_status.finished:
+            self._join()
+        tell_policy(
+            num_training=self._num_training,
+            num_seats=len(statuses) if 0 < num_failed < len(statuses) else None,
+        )
+
+    @property
+    def _num_training(self) -> int:
+        """The workers that train, or soon will."""
+        num_new = len(self._joiners.seats - self._vacant)
+        return len(self._worker_group.get_workers()) + num_new - len(self._vacant_now)
+
+    @property
+    def _vacant_now(self) -> set[int]:
+        """The vacant seats for which no worker is being started."""
+        return self._vacant - self._joiners.seats
 
     def _settle_vacant(self, statuses: Mapping[int, Any]) -> None:
-        """Hides the vacant seats' errors, except where a worker can be started again."""
-        if not self._vacant:
-            return
+        """Hides the vacant seats' errors."""
         is_running = any(
             status.running for seat, status in statuses.items() if seat not in self._vacant
         )
-        fillable = self._fillable() if is_running else set()
         for seat in self._vacant:
             statuses[seat].running, statuses[seat].error = is_running, None
-            if seat in fillable:
-                statuses[seat].error = VacantSeatError("its place is there again")
-        self._is_filling = bool(fillable)
 
-    def _fillable(self) -> set[int]:
-        """Returns the vacant seats that Ray has given a place on a living node."""
+    def _join(self) -> None:
+        """Has workers start where there is room, and takes in those that have."""
+        self._vacant -= self._joiners.take_in()
         now_s = time.monotonic()
-        if now_s < self._next_look_s:
-            return set()
+        if now_s < self._next_look_s or not self._joiners.may_start:
+            return
         self._next_look_s = now_s + _LOOK_S
-        workers = self._worker_group.get_workers()
-        nodes = placement_group_table(self._place)["bundles_to_node_id"]
-        node_of_seat = {
-            seat: nodes.get(workers[seat].placement_group_bundle_index) or ""
-            for seat in self._vacant
-        }
-        gone = gone_nodes(node_of_seat.values())
-        return {seat for seat, node in node_of_seat.items() if node not in gone}
+        num_seats = len(self._worker_group.get_workers())
+        free = (
+            seat
+            for seat in count()
+            if seat not in self._joiners.seats and (seat >= num_seats or seat in self._vacant)
+        )
+        for seat in islice(free, num_to_add(self._num_training)):
+            self._joiners.start(seat)
 
     def _lost(self, errors: Mapping[int, Exception]) -> set[int]:
         """Returns the seats of all nodes that have died, where an error tells of one. Spot nodes go
@@ -126,6 +135,8 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
 
     def _handle(self, lost: Collection[int], statuses: Mapping[int, Any]) -> None:
         errors = {seat: statuses[seat].error for seat in lost if statuses[seat].error}
+        # At once: a place for which Ray looks for another node ends the whole group after a while
+        self._places.give_up(lost)
         num_left = len(statuses) - len(self._vacant) - len(lost)
         are_enough = self._is_elastic and num_left >= self._least
         runs_all = self._counts.get(num_left, num_left) == num_left
@@ -141,15 +152,17 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
     def _vacated(self, lost: Collection[int]) -> bool:
         """Lets the others meet without these. Returns False where they cannot be told."""
         try:
-            vacate(self._address, group=self._place.id.hex(), seats=lost)
+            self._vacate(lost)
         except RuntimeError as error:
             sys.stderr.write(f"the workers' meeting place does not answer: {error}\n")
             return False
         self._vacant |= {*lost}
         wait_until_known(self._gone)
-        for seat in lost:  # else Ray Train asks it for its results while another one is started
-            self._worker_group.get_replica_groups()[seat].shutdown()
+        self._worker_group.leave(lost)
         return True
+
+    def _vacate(self, seats: Collection[int]) -> None:
+        vacate(self._address, group=self._group, num_seats=self._num_started, seats=seats)
 
     def _let_survivors_rescue(self, lost: Collection[int]) -> None:
         """Returns once each worker on a living node has left its step and put the state of the last
@@ -162,7 +175,7 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
         }
         deadline_s = time.monotonic() + _RESCUE_S
         try:
-            round_end = RoundEnd(self._address, group=self._place.id.hex(), lost=lost)
+            round_end = RoundEnd(self._address, group=self._group, lost=lost)
             while time.monotonic() < deadline_s:
                 staying = {
                     seat: node
@@ -183,24 +196,30 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
         )
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Watches the placement group: Ray Train would wait forever for a replacement's place,
-        though a smaller group could train."""
-        self._worker_group = worker_group
-        self._place = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        """Watches the workers' places: Ray Train would wait forever for a replacement's, though a
+        smaller group could train."""
+        self._worker_group, state = worker_group, worker_group.get_worker_group_state()
+        self._group, self._num_started = group_name(state.sync_actor), state.num_workers
+        self._places = state.placement_group_handle
         self._ended, self._is_training = threading.Event(), False
-        self._vacant, self._is_filling = set(), False
+        self._vacant = set()
+        self._joiners = Joiners(worker_group, self._give_up)
         if self._is_elastic:
             threading.Thread(
-                target=self._watch, args=(self._place, self._ended), name="node-losses", daemon=True
+                target=self._watch,
+                args=(self._places, self._joiners, self._ended),
+                name="node-losses",
+                daemon=True,
             ).start()
+
+    def _give_up(self, seat: int) -> None:
+        """Sees to it that the others do not wait for a worker that did not come."""
+        self._places.give_up([seat])
+        with suppress(RuntimeError):  # the meeting place has ended with the run
+            self._vacate([seat])
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._is_training = True
-
-    def after_replica_group_start(self, replica_group: Any) -> None:
-        seats = {worker.distributed_context.world_rank for worker in replica_group.get_workers()}
-        self._vacant -= seats
-        self._is_filling = False
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._end_watch()
@@ -224,16 +243,17 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
         is_forgotten = self._ended is not None and not self._ended.is_set()
         if is_forgotten and not self._is_training:
             self._end_watch()
-            remove_placement_group(self._place)
+            self._places.shutdown()
 
-    def _watch(self, place: Any, ended: threading.Event) -> None:
-        lost_at: float | None = None
+    def _watch(self, places: SeatPlaces, joiners: Joiners, ended: threading.Event) -> None:
+        since_s: dict[int, float] = {}  # by the seat for which Ray looks for another place
         while not ended.wait(_POLL_S):
-            is_awaited = not self._vacant or self._is_filling
-            is_lost = is_awaited and placement_group_table(place)["state"] == "RESCHEDULING"
-            lost_at = (lost_at or time.monotonic()) if is_lost else None
-            if lost_at and time.monotonic() - lost_at > _NO_PLACE_S:
-                remove_placement_group(place)
+            now_s = time.monotonic()
+            since_s = {seat: since_s.get(seat, now_s) for seat in places.rescheduling()}
+            late = {seat for seat, since in since_s.items() if now_s - since > _NO_PLACE_S}
+            places.give_up(late & joiners.seats)
+            if late - joiners.seats:
+                places.shutdown()
                 if not ended.wait(_STUCK_S):
                     # Ray forgets a replacement that waits for a place that is removed: seen once.
                     # The launcher starts another controller.

@@ -39,12 +39,19 @@ def starts_again(
     num_lent: int,
     min_workers: int,
     max_workers: int,
-    num_seats: int,
-    num_vacant: int,
+    num_training: int,
+    counts: Mapping[int, int],
 ) -> bool:
-    """Reports whether a group of these seats is to start again with this number of workers. One does
-    not that only loses nodes, or that gets back all that it has lost: its other workers go on."""
-    num_training = num_seats - num_vacant
+    """Reports whether a group in which `num_training` workers train is to start again with this
+    number. One that loses nodes does not, nor one that others can join one by one."""
     if num_workers > num_training:
-        return num_workers != num_seats
+        return not can_join(num_workers, num_training=num_training, counts=counts)
     return max(max_workers - num_lent, min_workers) < num_training
+
+
+def can_join(num_workers: int, *, num_training: int, counts: Mapping[int, int]) -> bool:
+    """Reports whether a group can grow to this number one by one: every number on the way is one
+    that it runs."""
+    return all(
+        counts.get(number, number) == number for number in range(num_training + 1, num_workers)
+    )

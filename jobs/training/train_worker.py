@@ -9,10 +9,9 @@ from typing import Any
 
 import ray.train
 import torch.distributed
-from ray.util import get_current_placement_group
 
 import cluster
-from jobs.ray_train.callbacks import signals
+from jobs.ray_train.callbacks import group_name, signals
 from jobs.run import storage_retry
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
@@ -39,8 +38,6 @@ def train_worker(settings: dict[str, Any]) -> None:
     context, plan = ray.train.get_context(), settings["plan"]
     assert isinstance(plan, RunPlan)
     seat, scaling = context.get_world_rank(), plan.config.scaling
-    place = get_current_placement_group()
-    assert place is not None, "Ray Train places its workers"
     with (
         noting_user_errors(plan.run, rank=seat),
         watched(
@@ -52,7 +49,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     ):
         rendezvous = Rendezvous(
             settings["address"],
-            group=place.id.hex(),
+            group=group_name(),
             seat=seat,
             num_seats=context.get_world_size(),
             use_gpu=scaling.use_gpu,

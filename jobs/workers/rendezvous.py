@@ -27,7 +27,7 @@ from jobs.workers.failures import is_lost_peer, one_line
 from jobs.workers.hang_watch import HangWatch
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.new_meeting import new_meeting
-from jobs.workers.seats import Seats
+from jobs.workers.seats import Rounds, Seats
 from jobs.workers.watchdog import Hang
 from raymill.errors import OpenGroupError
 from raymill.workers.worker_group import Meeting
@@ -105,20 +105,21 @@ class Rendezvous:
         pulse: Pulse | None = None,
         hang_timeout_s: float = 0.0,
     ) -> None:
-        """`group` names the workers that Ray Train starts together, and a lost worker's replacement
-        gets the same name, and its seat. `is_waiting` reports whether the training thread waits for other
-        workers. After `max_fruitless` rounds in a row without growth of the number `progress`, they
-        meet no more. With `pulse` and a `hang_timeout_s` that is not 0 they judge together when all
-        of them stand still, and whom they blame is ended through its pulse."""
+        """`group` names the workers that Ray Train starts together, in seats 0 to `num_seats` - 1. One
+        that comes later gets the same name, and the seat of a lost one or a new one. `is_waiting`
+        reports whether the training thread waits for other workers. After `max_fruitless` rounds in
+        a row without growth of the number `progress`, they meet no more. With `pulse` and a
+        `hang_timeout_s` that is not 0 they judge together when all of them stand still, and whom
+        they blame is ended through its pulse."""
         self._address, self._group = address, group
         self._store = self._open_store()
-        self._seat, self._all_seats, self._use_gpu = seat, range(num_seats), use_gpu
-        self.rank, self.seats = seat, self._all_seats
+        self._seat, self._use_gpu = seat, use_gpu
+        self.rank, self.seats = seat, range(num_seats)
         self._is_waiting, self._progress, self._max_fruitless = is_waiting, progress, max_fruitless
         self._pulse, self._hang_timeout_s = pulse, hang_timeout_s
         self._id = secrets.token_hex(8)
         self._has_met = False
-        self._table = Seats(self._store)
+        self._table = Seats(self._store, num_seats)
         self._store.compare_set("round", "", "0")
         self._store.compare_set(_FRUITLESS, "", json.dumps({"round": -1, "count": 0, "reason": ""}))
 
@@ -196,15 +197,15 @@ class Rendezvous:
                     return meeting, left
 
     def _is_in(self, number: int) -> bool:
-        """Takes this worker's place in the round. Where its seat is vacant, it begins another
+        """Takes this worker's place in the round. Where that goes without its seat, it begins another
         one."""
-        vacant = self._table.vacant(number)
-        if self._seat in vacant:
+        taken = self._table.taken(number)
+        if self._seat not in taken:
             if self._has_met:
                 self._end_process("was given up, as its node seemed to be lost")
             self._table.take(self._seat)
             return False
-        self.seats = [seat for seat in self._all_seats if seat not in vacant]
+        self.seats = sorted(taken)
         self.rank = self.seats.index(self._seat)
         HangWatch.enter(self._store, self.rank)
         return True
@@ -264,12 +265,12 @@ class Rendezvous:
         try:
             # Its own, because a store serves one caller at a time
             store, waits_since = self._open_store(), None
-            table, hang_watch = Seats(store), self._hang_watch(store, meeting)
+            rounds, hang_watch = Rounds(store), self._hang_watch(store, meeting)
             while not left.wait(_WATCH_S):
-                if table.round() == meeting.number:
+                if rounds.round() == meeting.number:
                     waits_since = None
                     if hang_watch and hang_watch.look():
-                        table.end(meeting.number)
+                        rounds.end(meeting.number)
                     continue
                 if hang_watch:
                     self._obey(hang_watch.verdict(), left)

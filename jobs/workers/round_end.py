@@ -11,15 +11,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from jobs.workers.seats import Seats
+from jobs.workers.seats import Rounds, Seats
 
 _ANSWER = timedelta(seconds=5)
 
 
-def vacate(address: str, *, group: str, seats: Collection[int]) -> None:
-    """Lets the other workers of a group meet without these. Raises `RuntimeError` where the meeting
-    place at this address, or the group, is not there."""
-    Seats(_store(address, group)).vacate(seats)
+def vacate(address: str, *, group: str, num_seats: int, seats: Collection[int]) -> None:
+    """Lets the other workers of a group, which was started with `num_seats`, meet without these.
+    Raises `RuntimeError` where the meeting place at this address, or the group, is not there."""
+    Seats(_store(address, group), num_seats).vacate(seats)
 
 
 class RoundEnd:
@@ -28,7 +28,7 @@ class RoundEnd:
     def __init__(self, address: str, *, group: str, lost: Iterable[int]) -> None:
         """Ends the round, unless a worker has done so already. Raises what `vacate` does."""
         self._store = _store(address, group)
-        table = Seats(self._store)
+        table = Rounds(self._store)
         self._next = table.round()
         # The lost took part in the round before, and come to no other
         if any(self.is_left_by(seat) for seat in lost):

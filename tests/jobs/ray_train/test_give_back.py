@@ -29,7 +29,8 @@ ray.init(address=address, log_to_driver=False, logging_level="ERROR")
 num = int(ray.cluster_resources()["CPU"])
 workers = ScalingConfig(num_workers=(1, num), resources_per_worker={"CPU": 1})
 policy = LendingPolicy(workers, open_storage(folder), open_storage(f"{folder}/run"), {})
-policy.after_controller_start(SimpleNamespace(run_id=name))
+run = SimpleNamespace(run_id=name, run_config=SimpleNamespace(storage_path=folder))
+policy.after_controller_start(run)
 end_s = time.monotonic() + float(wait_s)
 found = None
 while found is None and time.monotonic() < end_s:

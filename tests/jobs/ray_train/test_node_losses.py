@@ -35,7 +35,8 @@ class Loss(NamedTuple):
     delay_s: float  # after the line of a step
     is_cut_off: bool
     next_s: float | None = None  # after which the node of rank 2 is killed too
-    comes_back: bool = False  # once the others go on
+    comes_back: bool = False  # once the others go on: one node
+    num_lost: int = 1  # 0: a node only comes
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +60,29 @@ class Losses(threading.Thread):
             start = self._settled(after=attempt)
             attempt = start["attempt"]
             time.sleep(loss.delay_s)
-            name = start["workers"][1]["node"]
-            process = psutil.Process(self._cluster._nodes[name].pid)
-            processes = [process, *process.children(recursive=True)]
-            if loss.is_cut_off:
-                for process in processes:
-                    process.suspend()
-                self._settled(after=attempt)
-            self._cluster.kill_node(name)
-            for process in processes:
-                if process.is_running():
-                    process.kill()
+            if loss.num_lost:
+                self._lose(start["workers"][1]["node"], loss, attempt)
             if loss.next_s is not None:
                 time.sleep(loss.next_s)
                 self._cluster.kill_node(start["workers"][2]["node"])
             if loss.comes_back:
-                attempt = self._settled(after=attempt)["attempt"]
+                if loss.num_lost:
+                    attempt = self._settled(after=attempt)["attempt"]
                 self._cluster.add_node()
         self._settled(after=attempt)
         self._run.write_bytes(STOP_REQUESTED, b"")
+
+    def _lose(self, name: str, loss: Loss, attempt: int) -> None:
+        process = psutil.Process(self._cluster._nodes[name].pid)
+        processes = [process, *process.children(recursive=True)]
+        if loss.is_cut_off:
+            for process in processes:
+                process.suspend()
+            self._settled(after=attempt)
+        self._cluster.kill_node(name)
+        for process in processes:
+            if process.is_running():
+                process.kill()
 
     def _settled(self, *, after: int) -> Line:
         """Returns the start of a later attempt, right after the line of one of its steps."""
@@ -147,13 +152,42 @@ def test_who_is_left_goes_on_in_its_process_and_so_it_does_when_a_node_comes(
     assert pids[3] < pids[2] and pids[3] < pids[4]
 
 
+def test_a_node_is_joined_alone_where_two_were_lost(connection: Connection, tmp_path: Path) -> None:
+    losses = [Loss(0.05, False, next_s=0.0, comes_back=True)]
+    starts = disturbed(connection, tmp_path, losses, {}).events("start")
+    sizes = [start["world_size"] for start in starts]
+    assert sizes in ([4, 2, 3], [4, 3, 2, 3])
+    pids = [{worker["pid"] for worker in start["workers"]} for start in starts]
+    assert pids[-2] < pids[0] and pids[-2] < pids[-1], "the two that were left went on"
+
+
+def test_a_run_grows_with_each_node_in_its_processes(
+    connection: Connection, tmp_path: Path
+) -> None:
+    losses = [Loss(0.0, False, comes_back=True, num_lost=0)] * 2
+    ledger = disturbed(connection, tmp_path, losses, {}, num_nodes=2)
+    starts = ledger.events("start")
+    assert [start["world_size"] for start in starts] == [2, 3, 4]
+    pids = [{worker["pid"] for worker in start["workers"]} for start in starts]
+    assert pids[0] < pids[1] < pids[2]
+    assert not any(lost_steps(ledger))
+
+
 def disturbed(
-    connection: Connection, folder: Path, losses: list[Loss], sharding: dict[str, Any]
+    connection: Connection,
+    folder: Path,
+    losses: list[Loss],
+    sharding: dict[str, Any],
+    *,
+    num_nodes: int = NUM_NODES,
 ) -> Ledger:
-    """Trains a run that loses nodes, until it is stopped after the last loss."""
+    """Trains a run that loses nodes, until it is stopped after the last loss. It begins on so many
+    nodes."""
     cluster = connection.local
     assert cluster is not None
-    while len(cluster.node_names) < NUM_NODES + 1:
+    while len(cluster.node_names) > num_nodes + 1:
+        cluster.kill_node(cluster.node_names[-1])
+    while len(cluster.node_names) < num_nodes + 1:
         cluster.add_node()
     number_texts(folder / "corpus")
     config = tiny_run(

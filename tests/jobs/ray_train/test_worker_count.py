@@ -3,7 +3,7 @@ would be slower."""
 
 import pytest
 
-from jobs.ray_train.worker_count import WorkerCount, starts_again, workers_to_run
+from jobs.ray_train.worker_count import WorkerCount, can_join, starts_again, workers_to_run
 
 
 @pytest.mark.parametrize(
@@ -65,22 +65,20 @@ def test_workers_to_run__keeps_spares_where_the_plan_says_so(
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "num_seats", "num_vacant", "num_lent", "starts"),
+    ("num_workers", "num_training", "num_lent", "starts"),
     [
-        (3, 4, 0, 0, False),  # a node is about to go
-        (3, 4, 1, 0, False),  # it is gone
-        (4, 4, 1, 0, False),  # it is back, and its seat is filled alone
-        (3, 4, 2, 0, True),  # one of two is back, for which Ray places none of the seats
-        (6, 4, 1, 0, True),  # more than the group has seats for
-        (5, 4, 0, 0, True),
-        (4, 6, 0, 2, True),  # lent
-        (4, 6, 2, 2, False),  # the lost nodes were as many
-        (3, 6, 2, 3, True),
-        (2, 2, 0, 9, False),  # never below min_workers
+        (3, 4, 0, False),  # a node is about to go
+        (3, 3, 0, False),  # it is gone
+        (4, 3, 0, False),  # it is back, and a worker joins the others
+        (6, 4, 0, False),  # so do two
+        (4, 6, 2, True),  # lent
+        (4, 4, 2, False),  # the lost nodes were as many
+        (3, 4, 3, True),
+        (2, 2, 9, False),  # never below min_workers
     ],
 )
 def test_a_group_starts_again_only_where_its_workers_cannot_go_on(
-    num_workers: int, num_seats: int, num_vacant: int, num_lent: int, starts: bool
+    num_workers: int, num_training: int, num_lent: int, starts: bool
 ) -> None:
     assert (
         starts_again(
@@ -88,8 +86,21 @@ def test_a_group_starts_again_only_where_its_workers_cannot_go_on(
             num_lent=num_lent,
             min_workers=2,
             max_workers=6,
-            num_seats=num_seats,
-            num_vacant=num_vacant,
+            num_training=num_training,
+            counts={},
         )
         == starts
     )
+
+
+@pytest.mark.parametrize(
+    ("num_training", "num_workers", "joins"),
+    [(54, 56, True), (56, 64, False), (62, 64, False), (63, 64, True), (56, 57, True)],
+)
+def test_workers_join_one_by_one_only_through_numbers_that_it_runs(
+    num_training: int, num_workers: int, joins: bool
+) -> None:
+    sizes = {"num_training": num_training, "counts": WHOLE_NODES}
+    assert can_join(num_workers, **sizes) == joins
+    bounds = {"num_lent": 0, "min_workers": 1, "max_workers": 64}
+    assert starts_again(num_workers, **bounds, **sizes) != joins

@@ -39,7 +39,7 @@ def test_a_group_that_can_never_start_gives_up_in_the_ledger(
 
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
     monkeypatch.setattr(entry.ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(entry, "get_current_placement_group", lambda: SimpleNamespace(id=b"group"))
+    monkeypatch.setattr(entry, "group_name", lambda: "group")
     monkeypatch.setattr(WorkerGroup, "broadcast", broadcast)
     with meeting_place("127.0.0.1") as address:
         entry.train_worker({"plan": plan, "address": address})

@@ -210,7 +210,7 @@ def test_a_look_for_the_others_costs_as_many_keys_for_any_number_of_them(world_s
         stores = [CountedStore(rendezvous._store) for rendezvous in ranks]
         for rendezvous, store in zip(ranks, stores, strict=True):
             rendezvous._store = store  # type: ignore[assignment]
-            rendezvous._table = Seats(store)  # type: ignore[arg-type]
+            rendezvous._table = Seats(store, world_size)  # type: ignore[arg-type]
         with ThreadPoolExecutor(world_size) as threads:
             early = [threads.submit(rendezvous._all, 0, "came") for rendezvous in ranks[1:]]
             wait_until(lambda: all(store.num_looks > 5 for store in stores[1:]))

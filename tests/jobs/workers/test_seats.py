@@ -20,7 +20,7 @@ from tests.waiting import wait_until
 NUM_SEATS = 3
 
 
-class SeatedGroup:
+class MeetingProcesses:
     """Processes that add up their ranks for as long as they live."""
 
     def __init__(
@@ -41,10 +41,10 @@ class SeatedGroup:
         self.leave_vacant(seat)
 
     def leave_vacant(self, *seats: int) -> None:
-        vacate(self._address, group="group", seats=seats)
+        vacate(self._address, group="group", num_seats=NUM_SEATS, seats=seats)
 
-    def come_back(self, seat: int) -> None:
-        self.processes[seat] = self.start(seat)
+    def come(self, seat: int) -> None:
+        self.processes[seat : seat + 1] = [self.start(seat)]
 
     def wait_for_sum(self, seats: list[int]) -> None:
         """Waits until these have met, as their first sum shows, and nobody else."""
@@ -70,10 +70,10 @@ class SeatedGroup:
 
 
 @pytest.fixture
-def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SeatedGroup]:
+def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MeetingProcesses]:
     with meeting_place("127.0.0.1") as address:
         how = getattr(request, "param", None)
-        seated = SeatedGroup(address, tmp_path, num_sums=1_000_000, how=how)
+        seated = MeetingProcesses(address, tmp_path, num_sums=1_000_000, how=how)
         try:
             seated.wait_for_sum([0, 1, 2])
             yield seated
@@ -84,12 +84,12 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SeatedGrou
 @pytest.mark.more
 @pytest.mark.parametrize("seat", [0, 1])
 def test_the_others_go_on_without_a_lost_one_and_with_it_when_it_is_back(
-    group: SeatedGroup, seat: int
+    group: MeetingProcesses, seat: int
 ) -> None:
     pids = [process.pid for process in group.processes]
     group.lose(seat)
     group.wait_for_sum([other for other in range(NUM_SEATS) if other != seat])
-    group.come_back(seat)
+    group.come(seat)
     group.wait_for_sum([0, 1, 2])
     stayed = [other for other in range(NUM_SEATS) if other != seat]
     assert all(group.processes[other].pid == pids[other] for other in stayed)
@@ -98,24 +98,32 @@ def test_the_others_go_on_without_a_lost_one_and_with_it_when_it_is_back(
 
 @pytest.mark.more
 @pytest.mark.parametrize("group", ["balanced"], indirect=True)
-def test_those_who_wait_for_nobody_are_joined_too(group: SeatedGroup) -> None:
+def test_those_who_wait_for_nobody_are_joined_too(group: MeetingProcesses) -> None:
     group.lose(1)
     group.wait_for_sum([0, 2])
-    group.come_back(1)
+    group.come(1)
     group.wait_for_sum([0, 1, 2])
 
 
 @pytest.mark.more
-def test_one_that_is_left_alone_goes_on_alone(group: SeatedGroup) -> None:
+def test_one_that_is_left_alone_goes_on_alone(group: MeetingProcesses) -> None:
     group.lose(0)
     group.lose(1)
     group.wait_for_sum([2])
-    group.come_back(1)
+    group.come(1)
     group.wait_for_sum([1, 2])
 
 
 @pytest.mark.more
-def test_a_worker_whose_seat_was_given_up_ends(group: SeatedGroup) -> None:
+def test_one_that_comes_to_a_new_seat_makes_them_more(group: MeetingProcesses) -> None:
+    group.come(NUM_SEATS)
+    group.wait_for_sum([0, 1, 2, 3])
+    group.lose(1)
+    group.wait_for_sum([0, 2, 3])
+
+
+@pytest.mark.more
+def test_a_worker_whose_seat_was_given_up_ends(group: MeetingProcesses) -> None:
     """Its node only seemed to be lost: another worker may be started there."""
     group.leave_vacant(1)
     assert exit_code(group.processes[1], timeout_s=30) == 1
@@ -125,7 +133,7 @@ def test_a_worker_whose_seat_was_given_up_ends(group: SeatedGroup) -> None:
 def test_a_worker_that_comes_when_the_others_are_done_has_nothing_to_do(tmp_path: Path) -> None:
     with meeting_place("127.0.0.1") as address:
         first = Rendezvous(address, group="g", seat=0, num_seats=2)
-        vacate(address, group="g", seats=[1])
+        vacate(address, group="g", num_seats=2, seats=[1])
         done: list[int] = []
         assert first.attend(lambda meeting: done.append(meeting.number))
         late = Rendezvous(address, group="g", seat=1, num_seats=2)
@@ -143,41 +151,46 @@ def store() -> Iterator[dist.Store]:
 
 
 def test_who_is_in_a_round_is_settled_once(store: dist.Store) -> None:
-    seats = Seats(store)
-    assert seats.vacant(0) == set()
+    seats = Seats(store, NUM_SEATS)
+    assert seats.taken(0) == {0, 1, 2}
     seats.end(0)
-    assert seats.vacant(1) == set()
+    assert seats.taken(1) == {0, 1, 2}
     seats.vacate([2])
-    assert (seats.round(), seats.vacant(1), seats.vacant(2)) == (2, set(), {2})
+    assert (seats.round(), seats.taken(1), seats.taken(2)) == (2, {0, 1, 2}, {0, 1})
     seats.vacate([2])
     assert seats.round() == 2, "a round that goes without it already is not ended"
     seats.end(2)
     seats.end(3)
-    assert seats.vacant(4) == {2}, "a round has the vacant seats of the one before"
+    assert seats.taken(4) == {0, 1}, "a round has the seats of the one before"
     seats.take(2)
-    assert (seats.round(), seats.vacant(5)) == (5, set())
+    assert (seats.round(), seats.taken(5)) == (5, {0, 1, 2})
     seats.take(2)
     assert seats.round() == 5
+    seats.take(5)
+    assert (seats.round(), seats.taken(6)) == (6, {0, 1, 2, 5}), "a new seat makes them more"
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_changes_at_the_same_time_are_all_made(store: dist.Store, seed: int) -> None:
-    num_threads = 6
+    num_started, num_threads = 4, 8
     host_store = store.clone()
-    rng = random.Random(seed)
-    before = rng.sample(range(num_threads), 3)
-    Seats(host_store).vacate(before)
+    before = random.Random(seed).sample(range(num_started), 2)
+    Seats(host_store, num_started).vacate(before)
+    is_taken = [seat < num_started and seat not in before for seat in range(num_threads)]
 
     def change(seat: int) -> dict[int, set[int]]:
         """Turns the seat over, and returns what it saw of all rounds on its way."""
-        seats = Seats(store.clone())
-        (seats.take if seat in before else lambda seat: seats.vacate([seat]))(seat)
-        return {number: seats.vacant(number) for number in range(seats.round() + 1)}
+        seats = Seats(store.clone(), num_started)
+        if is_taken[seat]:
+            seats.vacate([seat])
+        else:
+            seats.take(seat)
+        return {number: seats.taken(number) for number in range(seats.round() + 1)}
 
     with ThreadPoolExecutor(num_threads) as threads:
         seen = list(threads.map(change, range(num_threads)))
-    last = Seats(host_store)
-    assert last.vacant(last.round()) == set(range(num_threads)) - {*before}
+    last = Seats(host_store, num_started)
+    assert last.taken(last.round()) == {s for s in range(num_threads) if not is_taken[s]}
     for rounds in seen:
-        for number, vacant in rounds.items():
-            assert last.vacant(number) == vacant
+        for number, taken in rounds.items():
+            assert last.taken(number) == taken
