@@ -38,7 +38,24 @@ class _Tested(NamedTuple):
     may_pass: bool = False  # whether another try may take it
 
 
-def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hardware) -> Prepared:
+class SelfTest:
+    """The self-test of one worker, which takes it once, however often it meets others: and anew where
+    the run goes back, as a worker may be at fault for that."""
+
+    def __init__(self, plan: RunPlan, device: torch.device) -> None:
+        self._take = partial(self_test, plan.config, device)
+        self._found: _Tested | None = None
+
+    def found(self) -> _Tested:
+        if self._found is None:
+            self._found = _tested(self._take)
+        return self._found
+
+    def forget(self) -> None:
+        self._found = None
+
+
+def prepared(plan: RunPlan, group: WorkerGroup, test: SelfTest, kind: Hardware) -> Prepared:
     """Returns once this worker, of a kind of hardware, has taken its self-test. Raises an error on
     every worker where one of them could not take it: `UserError`, unless another try may.
 
@@ -46,14 +63,13 @@ def prepared(plan: RunPlan, group: WorkerGroup, device: torch.device, kind: Hard
     rank 0 compiles now. Whoever can write to that storage can thus run code in the workers, as
     PyTorch trusts what it loads.
     """
-    test = partial(self_test, plan.config, device)
     kept: bytes | _Tested | None = None
     if way_to_compute(plan.config) == "compiled":
         kept = group.broadcast(_kept(plan.run, kind, test) if group.rank == 0 else None)
     kernels = kept if isinstance(kept, bytes) else None
     if kernels is not None:
         torch.compiler.load_cache_artifacts(kernels)
-    tested = _known(kept, group.rank) or _tested(test)
+    tested = _known(kept, group.rank) or test.found()
     for rank, other in enumerate(group.gather(tested)):
         if other.untested:
             kind_of_error = RuntimeError if other.may_pass else UserError
@@ -86,12 +102,12 @@ def _tested(test: Callable[[], str]) -> _Tested:
         return _Tested(problem=str(error))
 
 
-def _kept(run: Storage, on: Hardware, test: Callable[[], str]) -> bytes | _Tested:
+def _kept(run: Storage, on: Hardware, test: SelfTest) -> bytes | _Tested:
     """Returns the kernels, or what the test found that was to compile them and did not pass."""
     name = f"kernels/{hashlib.sha256(json.dumps(on, sort_keys=True).encode()).hexdigest()[:16]}.bin"
     if (kept := patiently(lambda: run.find_bytes(name), name)) is not None:
         return kept
-    tested = _tested(test)
+    tested = test.found()
     if not tested.checksum:
         return tested
     saved = torch.compiler.save_cache_artifacts()

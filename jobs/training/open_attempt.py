@@ -38,7 +38,7 @@ from jobs.snapshots.kept_copies import goes_back_from_snapshots
 from jobs.snapshots.snapshots import Snapshots
 from jobs.training.attempt import Attempt, only_trains
 from jobs.training.guards import GuardState, Windows
-from jobs.training.kernels import prepared
+from jobs.training.kernels import SelfTest, prepared
 from jobs.training.mixed_hardware import (
     Hardware,
     changes,
@@ -103,23 +103,33 @@ class _Workers:
         return [place["node"] for place in self.places]
 
 
+def device_here(plan: RunPlan) -> torch.device:
+    """Returns the device that this worker computes on, which rounds from now on as any other one of
+    its kind does."""
+    settle_rounding(plan.config)
+    if not plan.config.scaling.use_gpu:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def open_attempt(
-    plan: RunPlan, group: WorkerGroup, opened: ExitStack, *, signals: Callable[[], Signals | None]
+    plan: RunPlan,
+    group: WorkerGroup,
+    opened: ExitStack,
+    *,
+    signals: Callable[[], Signals | None],
+    self_test: SelfTest | None = None,
 ) -> Attempt | None:
     """Returns once every rank has the state and is ready for the first step; None where no attempt
     can continue the run, as the ledger says.
 
     `opened` ends the attempt's threads; the next attempt repeats what was not stored by then.
-    `signals` returns what changes when this process is warned of its end.
+    `signals` returns what changes when this process is warned of its end. `self_test` is this
+    worker's, if it has had one.
     """
     config, met_s = plan.config, time.monotonic()
-    settle_rounding(config)
+    device = device_here(plan)
     keep_freed_memory()
-    device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if config.scaling.use_gpu
-        else torch.device("cpu")
-    )
     place = place_here(on_ray=plan.launch is not None) | gpu_of_worker(device)
     gathered = group.gather((place, hardware(config, device)))
     places, kinds = zip(*gathered, strict=True)
@@ -132,7 +142,10 @@ def open_attempt(
         if writer:
             writer.give_up(start)
         return None
-    return _continued(plan, group, opened, start, snapshots, workers, writer, device, signals)
+    self_test = self_test or SelfTest(plan, device)
+    return _continued(
+        plan, group, opened, start, snapshots, workers, writer, device, signals, self_test
+    )
 
 
 def _continued(
@@ -145,6 +158,7 @@ def _continued(
     writer: RunWriter | None,
     device: torch.device,
     signals: Callable[[], Signals | None],
+    self_test: SelfTest,
 ) -> Attempt:
     """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its
     first step."""
@@ -157,7 +171,7 @@ def _continued(
     tokenizer = Tokenizer.from_json(plan.tokenizer_json, train_rows.manifest.chat)
     saver = _saver(plan, state, group, writer, tokenizer)
     opened.callback(saver.abandon)
-    ready = prepared(plan, group, device, workers.kinds[group.rank])
+    ready = prepared(plan, group, self_test, workers.kinds[group.rank])
     eot_id = tokenizer.start_id if config.train.document_mask else None
     validator = _validator(plan, state, group, tokenizer, eot_id=eot_id, tell=tell)
     nodes = () if start.unlike else workers.nodes

@@ -12,7 +12,8 @@ from jobs.run.end import End
 from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.guards import Verdict
-from jobs.training.open_attempt import open_attempt
+from jobs.training.kernels import SelfTest
+from jobs.training.open_attempt import device_here, open_attempt
 from jobs.training.sentinel import CorruptionError
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
@@ -31,17 +32,19 @@ def train(
     meeting: Meeting | None = None,
     pulse: Pulse | None = None,
     signals: Callable[[], Signals | None] = lambda: None,
+    self_test: SelfTest | None = None,
 ) -> End:
     """Trains until something ends the run, or a worker is lost: then the next attempt continues from
     the newest state.
 
     `meeting` is the round in which the workers met. `pulse` shows a watchdog where this worker is.
-    `signals` returns what changes when its process is warned of its end.
+    `signals` returns what changes when its process is warned of its end. `self_test` is this
+    worker's, if it has had one.
     """
     group = WorkerGroup(rank, world_size, meeting or new_meeting())
     pulse = pulse or Pulse({})
     pulse.meeting = group.meeting
-    with last_attempt(plan, group, pulse, signals) as (end, _):
+    with last_attempt(plan, group, pulse, signals, self_test) as (end, _):
         return end
 
 
@@ -51,14 +54,16 @@ def last_attempt(
     group: WorkerGroup,
     pulse: Pulse,
     signals: Callable[[], Signals | None] = lambda: None,
+    self_test: SelfTest | None = None,
 ) -> Iterator[tuple[End, Attempt | None]]:
     """Makes attempts until one does not go back: a rollback is a restart without Ray Train. Yields
     what ended the last one, and that attempt with its state; None where it could not begin."""
+    self_test = self_test or SelfTest(plan, device_here(plan))
     end = End.WENT_BACK
     while end is End.WENT_BACK:
         gc.collect()  # what refers to itself of the attempt before, which takes as much memory
         with ExitStack() as opened:
-            attempt = open_attempt(plan, group, opened, signals=signals)
+            attempt = open_attempt(plan, group, opened, signals=signals, self_test=self_test)
             if attempt is None:
                 yield End.GAVE_UP, None
                 return
@@ -66,6 +71,7 @@ def last_attempt(
             if end is not End.WENT_BACK:
                 yield end, attempt
         del attempt
+        self_test.forget()
 
 
 def _all_steps(attempt: Attempt, pulse: Pulse) -> End:

@@ -11,12 +11,15 @@ import ray.train
 import torch.distributed
 
 import cluster
+from cluster.settings.run import way_to_compute
 from jobs.ray_train.callbacks import group_name, signals
 from jobs.run import storage_retry
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
 from jobs.saving import saving_thread, shard_writer
 from jobs.tokens import token_stream
+from jobs.training.kernels import SelfTest
+from jobs.training.open_attempt import device_here
 from jobs.training.run_writer import RunWriter
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import WaitingPlaces, watched
@@ -47,6 +50,9 @@ def train_worker(settings: dict[str, Any]) -> None:
             waiting_places=WAITING_PLACES,
         ) as pulse,
     ):
+        self_test = SelfTest(plan, device_here(plan))
+        if way_to_compute(plan.config) != "compiled":  # kernels come from those whom it meets
+            self_test.found()  # while the others train
         rendezvous = Rendezvous(
             settings["address"],
             group=group_name(),
@@ -69,6 +75,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 meeting=meeting,
                 pulse=pulse,
                 signals=partial(signals, rendezvous.seats),
+                self_test=self_test,
             )
 
         try:

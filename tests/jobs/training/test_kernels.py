@@ -10,7 +10,7 @@ import pytest
 from cluster.settings.run import RunConfig
 from jobs.run.ledger import Ledger
 from jobs.training import kernels
-from jobs.training.kernels import Prepared
+from jobs.training.kernels import Prepared, SelfTest, prepared
 from raymill.errors import UserError
 from raymill.workers.worker_group import WorkerGroup
 from tests.foreign_models import small
@@ -52,6 +52,24 @@ def test_a_self_test_that_fails_before_kernels_are_kept__is_what_each_worker_say
 
     monkeypatch.setattr(kernels, "self_test", failing)
     plan = tiny_plan(str(tmp_path), train={"compute": "compiled"})
-    ready = kernels.prepared(plan, WorkerGroup(0, 1), CPU, {})
+    ready = prepared(plan, WorkerGroup(0, 1), SelfTest(plan, CPU), {})
     assert ready == Prepared(None, "", "no common graph")
     assert not plan.run.list("kernels/")
+
+
+def test_a_worker_takes_its_self_test_once__and_anew_where_the_run_went_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[object] = []
+
+    def counted(config: RunConfig, device: object) -> str:
+        taken.append(device)
+        return f"gradients {len(taken)}"
+
+    monkeypatch.setattr(kernels, "self_test", counted)
+    plan = tiny_plan(str(tmp_path))
+    test = SelfTest(plan, CPU)
+    meetings = [prepared(plan, WorkerGroup(0, 1), test, {}).self_test for _ in range(2)]
+    test.forget()
+    assert [*meetings, test.found().checksum] == ["gradients 1", "gradients 1", "gradients 2"]
+    assert taken == [CPU, CPU]

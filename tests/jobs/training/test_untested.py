@@ -79,7 +79,7 @@ def test_kernels_that_cannot_be_compiled__end_all_workers_and_are_not_tried_agai
     check_given_up(
         plan, ends, f"worker {faulty_rank}: the self-test on this processor cannot compile"
     )
-    assert ends[0][0]["num_tests"] == (1 if faulty_rank == 0 else 2)
+    assert [end["num_tests"] for end in ends[0]] == ([1, 0] if faulty_rank == 0 else [1, 1])
 
 
 def test_a_model_with_a_frozen_parameter__ends_all_workers_with_its_name(tmp_path: Path) -> None:
