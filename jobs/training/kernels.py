@@ -15,7 +15,7 @@ from jobs.exact.self_test import self_test
 from jobs.exact.untested import UntestedError
 from jobs.run.run_plan import RunPlan
 from jobs.run.storage_retry import patiently
-from jobs.training.mixed_hardware import Hardware
+from jobs.training.mixed_hardware import Hardware, device_here
 from model.foreign_config import ForeignModelError
 from raymill.errors import UserError
 from raymill.workers.worker_group import WorkerGroup
@@ -42,8 +42,9 @@ class SelfTest:
     """The self-test of one worker, which takes it once, however often it meets others: and anew where
     the run goes back, as a worker may be at fault for that."""
 
-    def __init__(self, plan: RunPlan, device: torch.device) -> None:
-        self._take = partial(self_test, plan.config, device)
+    def __init__(self, plan: RunPlan) -> None:
+        self.device = device_here(plan.config)
+        self._take = partial(self_test, plan.config, self.device)
         self._found: _Tested | None = None
 
     def found(self) -> _Tested:

@@ -44,6 +44,14 @@ def settle_rounding(config: RunConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def device_here(config: RunConfig) -> torch.device:
+    """Returns the device that this worker computes on, and settles its rounding."""
+    settle_rounding(config)
+    if not config.scaling.use_gpu:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def gpu_of_worker(device: torch.device) -> dict[str, str]:
     """Returns which GPU a worker computes on, by its name and by the UUID under which `nvidia-smi`
     and a datacenter's tools know it; nothing on a CPU."""

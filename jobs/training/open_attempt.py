@@ -45,7 +45,6 @@ from jobs.training.mixed_hardware import (
     differences,
     gpu_of_worker,
     hardware,
-    settle_rounding,
     why_refused,
 )
 from jobs.training.run_writer import RunWriter
@@ -103,15 +102,6 @@ class _Workers:
         return [place["node"] for place in self.places]
 
 
-def device_here(plan: RunPlan) -> torch.device:
-    """Returns the device that this worker computes on, which rounds from now on as any other one of
-    its kind does."""
-    settle_rounding(plan.config)
-    if not plan.config.scaling.use_gpu:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def open_attempt(
     plan: RunPlan,
     group: WorkerGroup,
@@ -128,10 +118,10 @@ def open_attempt(
     worker's, if it has had one.
     """
     config, met_s = plan.config, time.monotonic()
-    device = device_here(plan)
+    self_test = self_test or SelfTest(plan)
     keep_freed_memory()
-    place = place_here(on_ray=plan.launch is not None) | gpu_of_worker(device)
-    gathered = group.gather((place, hardware(config, device)))
+    place = place_here(on_ray=plan.launch is not None) | gpu_of_worker(self_test.device)
+    gathered = group.gather((place, hardware(config, self_test.device)))
     places, kinds = zip(*gathered, strict=True)
     workers = _Workers(places, kinds, met_s)
     snapshots = Snapshots(plan.launch, group)
@@ -142,10 +132,7 @@ def open_attempt(
         if writer:
             writer.give_up(start)
         return None
-    self_test = self_test or SelfTest(plan, device)
-    return _continued(
-        plan, group, opened, start, snapshots, workers, writer, device, signals, self_test
-    )
+    return _continued(plan, group, opened, start, snapshots, workers, writer, self_test, signals)
 
 
 def _continued(
@@ -156,13 +143,12 @@ def _continued(
     snapshots: Snapshots,
     workers: _Workers,
     writer: RunWriter | None,
-    device: torch.device,
-    signals: Callable[[], Signals | None],
     self_test: SelfTest,
+    signals: Callable[[], Signals | None],
 ) -> Attempt:
     """Returns the attempt from where rank 0 lets all continue, once every rank is ready for its
     first step."""
-    config = plan.config
+    config, device = plan.config, self_test.device
     state, guard, restored_step = _restored(plan, start, snapshots, device, group, opened, workers)
     first_step, guard = replace(guard, rollbacks=start.rollbacks).entering(restored_step + 1)
     tell = writer.ledger.event if writer else tell_nobody

@@ -13,7 +13,7 @@ from jobs.run.run_plan import RunPlan
 from jobs.training.attempt import Attempt
 from jobs.training.guards import Verdict
 from jobs.training.kernels import SelfTest
-from jobs.training.open_attempt import device_here, open_attempt
+from jobs.training.open_attempt import open_attempt
 from jobs.training.sentinel import CorruptionError
 from jobs.workers.failures import is_lost_peer
 from jobs.workers.heartbeat import Pulse
@@ -58,7 +58,7 @@ def last_attempt(
 ) -> Iterator[tuple[End, Attempt | None]]:
     """Makes attempts until one does not go back: a rollback is a restart without Ray Train. Yields
     what ended the last one, and that attempt with its state; None where it could not begin."""
-    self_test = self_test or SelfTest(plan, device_here(plan))
+    self_test = self_test or SelfTest(plan)
     end = End.WENT_BACK
     while end is End.WENT_BACK:
         gc.collect()  # what refers to itself of the attempt before, which takes as much memory

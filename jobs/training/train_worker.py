@@ -19,7 +19,6 @@ from jobs.run.storage_retry import patiently
 from jobs.saving import saving_thread, shard_writer
 from jobs.tokens import token_stream
 from jobs.training.kernels import SelfTest
-from jobs.training.open_attempt import device_here
 from jobs.training.run_writer import RunWriter
 from jobs.training.train_loop import train
 from jobs.workers.heartbeat import WaitingPlaces, watched
@@ -50,7 +49,7 @@ def train_worker(settings: dict[str, Any]) -> None:
             waiting_places=WAITING_PLACES,
         ) as pulse,
     ):
-        self_test = SelfTest(plan, device_here(plan))
+        self_test = SelfTest(plan)
         if way_to_compute(plan.config) != "compiled":  # kernels come from those whom it meets
             self_test.found()  # while the others train
         rendezvous = Rendezvous(

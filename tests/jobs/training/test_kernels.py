@@ -52,7 +52,7 @@ def test_a_self_test_that_fails_before_kernels_are_kept__is_what_each_worker_say
 
     monkeypatch.setattr(kernels, "self_test", failing)
     plan = tiny_plan(str(tmp_path), train={"compute": "compiled"})
-    ready = prepared(plan, WorkerGroup(0, 1), SelfTest(plan, CPU), {})
+    ready = prepared(plan, WorkerGroup(0, 1), SelfTest(plan), {})
     assert ready == Prepared(None, "", "no common graph")
     assert not plan.run.list("kernels/")
 
@@ -68,7 +68,7 @@ def test_a_worker_takes_its_self_test_once__and_anew_where_the_run_went_back(
 
     monkeypatch.setattr(kernels, "self_test", counted)
     plan = tiny_plan(str(tmp_path))
-    test = SelfTest(plan, CPU)
+    test = SelfTest(plan)
     meetings = [prepared(plan, WorkerGroup(0, 1), test, {}).self_test for _ in range(2)]
     test.forget()
     assert [*meetings, test.found().checksum] == ["gradients 1", "gradients 1", "gradients 2"]
