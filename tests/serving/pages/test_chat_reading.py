@@ -54,7 +54,7 @@ def tree_of(page: Page) -> list[tuple[str, str, dict[str, Any]]]:
     return [
         (
             node["role"]["value"],
-            node.get("name", {}).get("value", ""),
+            node.get("name", {}).get("value", "").strip(),
             {p["name"]: p["value"].get("value") for p in node.get("properties", [])},
         )
         for node in nodes
