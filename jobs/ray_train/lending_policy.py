@@ -27,8 +27,8 @@ from jobs.workers.left_out_nodes import left_out_ids
 
 
 class LendingPolicy(ElasticScalingPolicy):
-    """The policy, in Ray Train's controller. A resize works as when a node comes or goes: the group
-    starts again from the newest snapshot in memory, with the same bits at any size.
+    """The policy, in Ray Train's controller. Where workers cannot join one by one, or are lent, the
+    group starts again from the newest snapshot in memory, with the same bits at any size.
 
     Spares are places that Ray Train has reserved for the run and that no worker takes: after the
     next loss of a node the run has as many workers as before.
