@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 import pytest
@@ -157,6 +158,7 @@ class TimeLimit:
         self._seconds, self._say, self._end_s = seconds, say, end_s
         self._test, self._began_s = "before the first test", time.monotonic()
         self._is_over = False
+        self._handler = signal.signal(signal.SIGINT, _interrupt_at_a_line)
         self._timer = threading.Timer(seconds, self._interrupt)
         self._timer.daemon = True
         self._timer.start()
@@ -168,6 +170,7 @@ class TimeLimit:
 
     def pytest_unconfigure(self) -> None:
         self._timer.cancel()
+        signal.signal(signal.SIGINT, self._handler)
 
     def _interrupt(self) -> None:
         self._is_over = True
@@ -179,6 +182,15 @@ class TimeLimit:
         self._timer.daemon = True
         self._timer.start()
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def _interrupt_at_a_line(signum: int, frame: FrameType | None) -> None:
+    """Raises `KeyboardInterrupt`, a moment later where the interpreter is at an instruction that
+    belongs to no line: pytest ends with an error of its own when it tells of such a place."""
+    if frame is not None and frame.f_lineno is None:
+        threading.Timer(0.01, os.kill, [os.getpid(), signum]).start()
+        return
+    raise KeyboardInterrupt
 
 
 def number_of_commit(folder: Path = REPOSITORY) -> int:

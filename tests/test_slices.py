@@ -3,14 +3,15 @@ slice than the one before it, and a session that takes too long says where."""
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import FrameType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -167,6 +168,20 @@ def test_a_session_that_takes_too_long_says_in_which_test(
         limit.pytest_runtest_logstart("tests/test_a.py::test_c")
     limit.pytest_unconfigure()
     assert "limit of 0 s ended in tests/test_a.py::test_b" in words[0]
+
+
+def test_an_interrupt_waits_for_a_place_that_has_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = threading.Event()
+    monkeypatch.setattr("os.kill", lambda *_: again.set())
+    limit = TimeLimit(1e6, say=print)
+    interrupt = signal.getsignal(signal.SIGINT)
+    assert callable(interrupt)
+    interrupt(signal.SIGINT, cast("FrameType", SimpleNamespace(f_lineno=None)))
+    assert again.wait(limit_s(5))
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(signal.SIGINT, sys._getframe())
+    limit.pytest_unconfigure()
+    assert signal.getsignal(signal.SIGINT) is not interrupt
 
 
 def test_pytest_ends_within_its_limit() -> None:
