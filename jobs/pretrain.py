@@ -30,8 +30,9 @@ from cluster.wings import added
 from jobs.corpus.listing import list_corpus
 from jobs.plan.worker_counts import StepTimes, counts_to_run, hardware_of, uneven_groups
 from jobs.ray_train.callbacks import FailureRecorder, SignalListener
+from jobs.ray_train.drains import Drains
 from jobs.ray_train.node_losses import NodeLosses
-from jobs.ray_train.worker_backend import Drains, LeftOutNodes, Trainer, WorkerBackend
+from jobs.ray_train.worker_backend import LeftOutNodes, Trainer, WorkerBackend
 from jobs.run.base import recorded_base
 from jobs.run.checkpoints import RunCheckpoints
 from jobs.run.costs.budget import spent_in_words, why_over_budget
@@ -336,7 +337,11 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
         storage=storage,
         run=plan.run,
         counts=counts,
-        train_loop_config={"plan": plan, "address": address},
+        train_loop_config={
+            "plan": plan,
+            "address": address,
+            "sizes": [size for size in range(least, most + 1) if counts.get(size, size) == size],
+        },
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as its old API
             num_workers=(scaling.min_workers, scaling.max_workers)

@@ -230,18 +230,6 @@ CANARIES = [
         f"{TRAIN}.execution.controller.controller",
         "selector = callback.on_controller_start_worker_group(",
     ),
-    Canary(
-        f"{CALLBACK}.ReplicaGroupCallback.after_replica_group_start",
-        "self replica_group",
-        f"{GROUP}.execution_group",
-        "cb.after_replica_group_start(self)",
-    ),
-    Canary(
-        f"{TRAIN}.callbacks.preemption_callback.PreemptionCallback.after_worker_group_start",
-        "self worker_group",
-        f"{TRAIN}.execution.controller.controller",
-        ".append(PreemptionCallback())",
-    ),
     Canary(f"{TRAIN}.callbacks.datasets.DatasetsCallback", None, TRAINER, "= DatasetsCallback("),
     Canary(
         "ray.train.v2.torch.torch_trainer.TorchTrainer._create_default_callbacks",
@@ -363,6 +351,19 @@ CANARIES = [
         "sync_actor = self.get_synchronization_actor()",
     ),
     Canary("ray.actor.ActorHandle._actor_id", None, "ray.actor", "return self._ray_actor_id"),
+    # jobs/ray_train/drains.py
+    Canary(
+        "ray._private.state.state",
+        None,
+        f"{TRAIN}.execution.preemption",
+        "return ray._private.state.state.get_draining_nodes()",
+    ),
+    Canary(
+        f"{GROUP}.worker.RayTrainWorker.mark_preempt",
+        "self info",
+        f"{TRAIN}.execution.preemption",
+        "actor.mark_preempt.remote(info)",
+    ),
     # jobs/ray_train/node_losses.py: what a worker tells.
     Canary(
         f"{GROUP}.worker.WorkerStatus",

@@ -59,12 +59,14 @@ def group_name(meets: ActorHandle | None = None) -> str:
     return actor._actor_id.hex()
 
 
-def signals(seats: Collection[int]) -> Signals:
+def signals(seats: Collection[int], sizes: Collection[int]) -> Signals:
     """Returns what this worker's process knows of its end, and of that of all who train, by their
-    seats."""
-    info = get_train_context().preemption_context.preemption_info
-    end_s = None
-    if info is not None and info.deadline_ms:
-        stays = {*seats} - {*info.preempted_ranks}
-        end_s = None if stays else info.deadline_ms / 1000
-    return Signals(len(_sigterms), info, end_s)
+    seats. `sizes` are the numbers of workers with which the run goes on without a start."""
+    context = get_train_context()
+    info = context.preemption_context.preemption_info
+    if info is None or not info.deadline_ms:
+        return Signals(len(_sigterms), info)
+    end_s, staying = info.deadline_ms / 1000, {*seats}.difference(info.preempted_ranks)
+    if not staying:
+        return Signals(len(_sigterms), info, end_s)
+    return Signals(len(_sigterms), info, own_end_s=end_s if len(staying) in sizes else None)

@@ -15,11 +15,7 @@ from contextlib import suppress
 from itertools import count, islice
 from typing import Any
 
-from ray.train.v2._internal.execution.callback import (
-    ControllerCallback,
-    ReplicaGroupCallback,
-    WorkerGroupCallback,
-)
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from jobs.ray_train.callbacks import FailureRecorder, group_name
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
@@ -37,7 +33,7 @@ _POLL_S = 0.5
 _LOOK_S = 1.0  # from one look for room for more workers to the next
 
 
-class NodeLosses(WorkerGroupCallback, ControllerCallback, ReplicaGroupCallback):
+class NodeLosses(WorkerGroupCallback, ControllerCallback):
     """Leaves a lost node's seats vacant, and has workers start where there is room. Where too few
     would be left, or one was found wrong, it makes Ray Train plan again, with the living nodes."""
 

@@ -6,7 +6,6 @@ loaded: measured here, two thirds of a restart. The names from `_internal` belon
 torchft, which works the same way.
 """
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,11 +14,7 @@ from ray.train import ControllerError
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
-from ray.train.v2._internal.execution.callback import (
-    ControllerCallback,
-    ReplicaGroupCallback,
-)
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -28,8 +23,6 @@ from cluster.storage.uris import Storage
 from jobs.ray_train.lending_policy import LendingPolicy
 from jobs.ray_train.node_losses import NodeLosses
 from jobs.workers.left_out_nodes import left_out_ids, selector
-
-_SETTLED_S = 8.0
 
 
 class _Backend(_TorchBackend):
@@ -73,22 +66,6 @@ class LeftOutNodes(ControllerCallback):
         self, *, scaling_config: Any, num_workers: int
     ) -> dict[str, str] | None:
         return selector(left_out_ids(self._storage)) or None
-
-
-class Drains(PreemptionCallback, ReplicaGroupCallback):
-    """Ray Train's watch for draining nodes, which it leaves out where workers are replaced
-    alone."""
-
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        self._worker_group = worker_group
-        super().after_worker_group_start(worker_group)
-
-    def after_replica_group_start(self, replica_group: Any) -> None:
-        """Watches the new worker too, after a while: first it needs the processors more than a new
-        watch does."""
-        threading.Timer(
-            _SETTLED_S, lambda: super(Drains, self).after_worker_group_start(self._worker_group)
-        ).start()
 
 
 class Trainer(TorchTrainer):

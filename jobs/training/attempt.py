@@ -34,7 +34,7 @@ from jobs.training.run_writer import RunWriter
 from jobs.training.sentinel import Sentinel
 from jobs.training.step_record import StepRecord
 from jobs.training.validation import Validator
-from jobs.workers.preemption import Notice, Notices
+from jobs.workers.preemption import LeavingError, Notice, Notices
 from model.files.checkpoint_folder import Metadata
 from model.training.optimizer import learning_rate, portable_cosine
 from raymill.errors import LostPeerError
@@ -194,6 +194,21 @@ class Attempt:
             self.tell("snapshots_off", step=step, attempt=self.number, reason=news)
         elif news is not None:
             self.tell("snapshots_on", step=step, attempt=self.number)
+
+    def answer(self, step: int) -> Notice:
+        """Returns what all ranks do at the end of a step. Where some of them leave, raises
+        `LeavingError` in those and `LostPeerError` in the others, which meet without them."""
+        notice = self.notices.answer()
+        if notice is not Notice.PART:
+            return notice
+        if step == self.plan.last_step:
+            return Notice.NONE
+        gone_at_s = self.notices.leaves_before_s
+        if gone_at_s is not None:
+            raise LeavingError(
+                f"leaves after step {step}, as its node is to go", gone_at_s=gone_at_s
+            )
+        raise LostPeerError(f"another worker leaves after step {step}, as its node is to go")
 
     def close(self, end: End | None) -> None:
         """Returns once the storage has the attempt's last checkpoint and all of its ledger. Without

@@ -126,7 +126,7 @@ def take_steps(attempt: Attempt, pulse: Pulse) -> End:
         # From here on the state has a line: whatever other worker is lost, the next attempt
         # continues after this step.
         attempt.record.compare_ranks(step)
-        notice = attempt.notices.answer()
+        notice = attempt.answer(step)
         if attempt.is_saved(step) or notice:
             pulse.at(Place.SAVE)
             with timer.phase("checkpoint"):

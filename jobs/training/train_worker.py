@@ -36,7 +36,8 @@ waits for others too while it is in a message (`workers/progress`)."""
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Trains; `settings` hold the run's `plan` and the `address` of the launch's meeting place."""
+    """Trains; `settings` hold the run's `plan`, the `address` of the launch's meeting place, and the
+    `sizes` of the group with which the run goes on without a start."""
     context, plan = ray.train.get_context(), settings["plan"]
     assert isinstance(plan, RunPlan)
     seat, scaling = context.get_world_rank(), plan.config.scaling
@@ -73,7 +74,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 world_size=len(rendezvous.seats),
                 meeting=meeting,
                 pulse=pulse,
-                signals=partial(signals, rendezvous.seats),
+                signals=partial(signals, rendezvous.seats, settings["sizes"]),
                 self_test=self_test,
             )
 

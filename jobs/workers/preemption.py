@@ -19,6 +19,7 @@ import torch.distributed as dist
 from cluster.storage.uris import Storage, StorageError
 from jobs.run.costs.budget import Budget
 from jobs.run.storage_retry import patiently
+from raymill.errors import LostPeerError
 from raymill.workers.worker_group import WorkerGroup
 
 STOP_REQUESTED = "stop-requested"
@@ -28,8 +29,20 @@ _LOCAL_POLL_S, _REMOTE_POLL_S = 0.5, 5.0
 _LAST_SAVE_S = (
     10.0  # that storing the last state may take, or half of the time that is left if that is less
 )
-_AFTER_END_S = 15.0  # until nodes that were announced to go are taken to stay
+AFTER_END_S = 15.0
+"""After the announced end of a node that is still there, it is taken to stay."""
+
 _WAIT_POLL_S = 0.5
+_LEAVE_S = 0.5  # that a worker which leaves needs
+
+
+class LeavingError(LostPeerError):
+    """This worker leaves the others, as its node is about to go."""
+
+    def __init__(self, text: str, *, gone_at_s: float) -> None:
+        """`gone_at_s` is UNIX time."""
+        super().__init__(text)
+        self.gone_at_s = gone_at_s
 
 
 class Signals(NamedTuple):
@@ -40,6 +53,8 @@ class Signals(NamedTuple):
     """The nodes that Ray knows to be drained."""
     end_s: float | None = None
     """UNIX time at which the first node goes, where the nodes of all workers are to go."""
+    own_end_s: float | None = None
+    """UNIX time at which this worker's node goes, where others stay."""
 
 
 class Notice(IntEnum):
@@ -47,11 +62,12 @@ class Notice(IntEnum):
 
     NONE = 0
     SAVE = 1  # a worker or its node may be gone soon: save, and continue as long as it lasts
+    PART = 2  # a worker leaves, as its node goes before another step would be over
     LAST = (
-        2  # all workers' nodes are about to go: save, and wait, as each further step would be lost
+        3  # all workers' nodes are about to go: save, and wait, as each further step would be lost
     )
-    STOP = 3  # the run is asked to stop: save, and leave
-    BUDGET = 4  # the run has cost what it may: save, and leave
+    STOP = 4  # the run is asked to stop: save, and leave
+    BUDGET = 5  # the run has cost what it may: save, and leave
 
 
 class Notices:
@@ -72,6 +88,8 @@ class Notices:
         self._asked_s = time.time()
         self._reserve_s = 0.0
         self._waited_for_s: float | None = None
+        self.leaves_before_s: float | None = None
+        """UNIX time at which this worker's node goes, where it leaves after the step that has begun."""
         self._stop_requested, self._closed = threading.Event(), threading.Event()
         if group.rank == 0:
             threading.Thread(target=self._look_for_request, name="notices", daemon=True).start()
@@ -80,8 +98,13 @@ class Notices:
         """Starts the exchange with the other ranks at the start of a step, which costs the step
         nothing. The news are those since the last exchange; a request to stop stays."""
         before, self._heard = self._heard, self._signals()
+        now_s = time.time()
+        step_s, self._asked_s = now_s - self._asked_s, now_s
         notice = Notice.NONE if self._heard == before else Notice.SAVE
-        if self._is_last_step(_end_s(before)):
+        self.leaves_before_s = self._end_before_next(step_s)
+        if self.leaves_before_s is not None:
+            notice = Notice.PART
+        if self._is_last_step(_end_s(before), step_s):
             notice = Notice.LAST
         if self._stop_requested.is_set():
             notice = Notice.STOP
@@ -106,16 +129,23 @@ class Notices:
 
     def wait_for_end(self, *, moves: Callable[[], None]) -> None:
         """Returns only if the nodes that were to go have stayed. Calls `moves` again and again."""
-        end_s = (_end_s(self._heard) or time.time()) + _AFTER_END_S
+        end_s = (_end_s(self._heard) or time.time()) + AFTER_END_S
         while time.time() < end_s:
             moves()
             time.sleep(_WAIT_POLL_S)
 
-    def _is_last_step(self, before_s: float | None) -> bool:
+    def _end_before_next(self, step_s: float) -> float | None:
+        """Returns when this worker's node goes, if a step later than the one that begins would not be
+        over before that."""
+        now_s, end_s = self._asked_s, self._heard.own_end_s if self._heard else None
+        if end_s is None or not now_s < end_s < now_s + 2 * step_s + _LEAVE_S:
+            return None
+        return end_s
+
+    def _is_last_step(self, before_s: float | None, step_s: float) -> bool:
         """Says whether a step later than the one that begins would end too late for its state to be
         stored before all workers' nodes go."""
-        now_s, end_s = time.time(), _end_s(self._heard)
-        step_s, self._asked_s = now_s - self._asked_s, now_s
+        now_s, end_s = self._asked_s, _end_s(self._heard)
         if end_s is None or now_s >= end_s or end_s == self._waited_for_s:
             return False
         if end_s != before_s:

@@ -27,6 +27,7 @@ from jobs.workers.failures import is_lost_peer, one_line
 from jobs.workers.hang_watch import HangWatch
 from jobs.workers.heartbeat import Pulse
 from jobs.workers.new_meeting import new_meeting
+from jobs.workers.preemption import AFTER_END_S, LeavingError
 from jobs.workers.seats import Rounds, Seats
 from jobs.workers.watchdog import Hang
 from raymill.errors import OpenGroupError
@@ -119,6 +120,7 @@ class Rendezvous:
         self._pulse, self._hang_timeout_s = pulse, hang_timeout_s
         self._id = secrets.token_hex(8)
         self._has_met = False
+        self._gone_at_s: float | None = None  # UNIX time, of a worker that has left
         self._table = Seats(self._store, num_seats)
         self._store.compare_set("round", "", "0")
         self._store.compare_set(_FRUITLESS, "", json.dumps({"round": -1, "count": 0, "reason": ""}))
@@ -133,6 +135,9 @@ class Rendezvous:
         """Meets the others and does the work with them. Returns False when one of them was lost, or
         comes back: then meet again. Returns True, without any work, where the others are done.
 
+        One that leaves (`LeavingError`) has the others meet without it at once, where they would
+        notice its end after seconds.
+
         Raises `FruitlessError`, in every rank, after too many meetings without progress."""
         met = self._meet()
         if met is None:
@@ -144,6 +149,9 @@ class Rendezvous:
             work(meeting)
         except OpenGroupError as error:
             self._end_process(one_line(str(error)))
+        except LeavingError as error:
+            reason, self._gone_at_s = str(error), error.gone_at_s
+            self._say(reason)
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
@@ -159,6 +167,8 @@ class Rendezvous:
         finally:
             left.set()
         self._count(number, is_fruitless=self._progress() == before, reason=reason)
+        if self._gone_at_s is not None:
+            self._table.vacate([self._seat])
         self._table.end(number)
         gc.collect()  # the model and its buffers, which the error's traceback held
         # The abort gives the ranks that wait for this one's messages their error too.
@@ -201,9 +211,12 @@ class Rendezvous:
         one."""
         taken = self._table.taken(number)
         if self._seat not in taken:
-            if self._has_met:
-                self._end_process("was given up, as its node seemed to be lost")
-            self._table.take(self._seat)
+            if self._gone_at_s is not None and time.time() < self._gone_at_s + AFTER_END_S:
+                time.sleep(_WATCH_S)
+            elif self._has_met:
+                self._end_process("is in no meeting any more, as its node was lost or to go")
+            else:
+                self._table.take(self._seat)
             return False
         self.seats = sorted(taken)
         self.rank = self.seats.index(self._seat)

@@ -2,20 +2,14 @@
 must equal."""
 
 import os
-import re
 import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from cluster.local.local_cluster import LocalCluster
 from cluster.settings.flags import validate_config
 from cluster.settings.run import RunConfig, max_steps, run_storage
 from cluster.stages.stage import Connection, run_stage
@@ -171,34 +165,6 @@ class Arena:
             return 1
         return round(5 / statistics.median(line["wall_s"] for line in ledger.steps))
 
-    def drain(self, name: str, *, deadline_s: int) -> None:
-        """Has the head announce that the node will be reclaimed, as a cloud's notice of preemption
-        does."""
-        raylet = next(p for p in processes_of_node(self.cluster, name) if p.name() == "raylet")
-        node_id = next(
-            match[1]
-            for word in raylet.cmdline()
-            if (match := re.fullmatch(r"--node_id=(\w+)", word))
-        )
-        command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "drain-node",
-            "--address",
-            self.cluster.address,
-        ]
-        command += ["--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        command += [
-            "--reason-message",
-            "taken away",
-            "--deadline-remaining-seconds",
-            str(deadline_s),
-        ]
-        subprocess.run(
-            command, env=os.environ | self.cluster.environment, check=True, timeout=limit_s(60)
-        )
-
     def restore_nodes(self, count: int) -> None:
         """Adds nodes until the cluster has so many workers again."""
         while len(self.cluster.node_names) < count + 1:
@@ -207,8 +173,3 @@ class Arena:
 
 def kill(worker: dict[str, Any], number: int = signal.SIGKILL) -> None:
     os.kill(worker["pid"], number)
-
-
-def processes_of_node(cluster: LocalCluster, name: str) -> list[psutil.Process]:
-    node = psutil.Process(cluster._nodes[name].pid)
-    return [node, *node.children(recursive=True)]

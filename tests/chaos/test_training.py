@@ -29,12 +29,12 @@ from tests.chaos.arena import (
     Arena,
     Watch,
     kill,
-    processes_of_node,
 )
 from tests.chaos.conftest import NUM_NODES
 from tests.cluster.fault_proxy import running_proxy
 from tests.fault_seeds import fault_seeds
 from tests.jobs.stopped_links import stop_between
+from tests.local_nodes import drain_node, processes_of_node
 from tests.time_limits import limit_s, slowness
 
 SEEDS = fault_seeds(1)[:2]  # each takes a minute
@@ -247,7 +247,7 @@ def test_a_node_that_will_be_taken_away(arena: Arena) -> None:
         watch.wait_for_step(30)
         start = watch.wait_for_workers(2)
         name = start["workers"][0]["node"]
-        arena.drain(name, deadline_s=15)
+        drain_node(arena.cluster, name, deadline_s=15)
         watch.wait(lambda ledger: bool(ledger.events("preempted")))
         notice = watch.ledger().events("preempted")[0]["step"]
         watch.wait(

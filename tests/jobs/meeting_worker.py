@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from jobs.workers.preemption import LeavingError
 from jobs.workers.rendezvous import Rendezvous
 from raymill.errors import LostPeerError
 from raymill.workers.worker_group import Meeting
@@ -47,6 +48,8 @@ def meet(
         for number in range(num_rounds):
             if meeting.ended.is_set():
                 raise LostPeerError("the meeting is over")
+            if (file := log.with_suffix(".leaves")).exists():
+                raise LeavingError("leaves", gone_at_s=float(file.read_text()))
             own = torch.full((1 << 16,), float(rendezvous.rank + number))
             received = [torch.empty_like(own) for _ in others]
             sends = [dist.P2POp(dist.isend, own, other) for other in others]

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import pytest
 
 from cluster.local.local_cluster import LocalCluster
@@ -23,6 +22,7 @@ from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.workers.preemption import STOP_REQUESTED
 from tests.e2e.tiny_runs import ledger_of, tiny_run
 from tests.jobs.corpora import number_texts
+from tests.local_nodes import drain_node, processes_of_node
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -37,6 +37,7 @@ class Loss(NamedTuple):
     next_s: float | None = None  # after which the node of rank 2 is killed too
     comes_back: bool = False  # once the others go on: one node
     num_lost: int = 1  # 0: a node only comes
+    announced_s: int | None = None  # before
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,10 @@ class Losses(threading.Thread):
         self._run.write_bytes(STOP_REQUESTED, b"")
 
     def _lose(self, name: str, loss: Loss, attempt: int) -> None:
-        process = psutil.Process(self._cluster._nodes[name].pid)
-        processes = [process, *process.children(recursive=True)]
+        processes = processes_of_node(self._cluster, name)
+        if loss.announced_s is not None:
+            drain_node(self._cluster, name, deadline_s=loss.announced_s)
+            self._settled(after=attempt)
         if loss.is_cut_off:
             for process in processes:
                 process.suspend()
@@ -171,6 +174,18 @@ def test_a_run_grows_with_each_node_in_its_processes(
     pids = [{worker["pid"] for worker in start["workers"]} for start in starts]
     assert pids[0] < pids[1] < pids[2]
     assert not any(lost_steps(ledger))
+
+
+def test_who_is_to_go_leaves_the_others_before_its_node_does(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """Also one that has joined them. Its node is killed once they have gone on without it."""
+    losses = [Loss(0.0, False, announced_s=8, comes_back=True)] * 2
+    ledger = disturbed(connection, tmp_path, losses, {})
+    starts = ledger.events("start")
+    assert [start["world_size"] for start in starts] == [4, 3, 4, 3, 4]
+    assert starts[2]["workers"][1]["pid"] not in {worker["pid"] for worker in starts[0]["workers"]}
+    assert lost_steps(ledger) == [0] * 4
 
 
 def disturbed(

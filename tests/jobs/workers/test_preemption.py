@@ -17,7 +17,8 @@ from cluster.storage.uris import StorageError
 from jobs.run.ledger import Ledger
 from jobs.run.run_plan import RunPlan
 from jobs.training.train_loop import train
-from jobs.workers.preemption import STOP_REQUESTED, Notices, Signals, stopping_on_sigterm
+from jobs.workers.preemption import STOP_REQUESTED, Notice, Notices, Signals, stopping_on_sigterm
+from raymill.workers.worker_group import WorkerGroup
 from tests.jobs.runs import tiny_plan
 from tests.time_limits import limit_s
 from tests.waiting import wait_until
@@ -55,7 +56,7 @@ def test_before_all_nodes_go_the_last_step_is_saved_and_none_is_taken_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The nodes stay, so the run goes on, long after the time of which it was warned."""
-    monkeypatch.setattr("jobs.workers.preemption._AFTER_END_S", 1.0)
+    monkeypatch.setattr("jobs.workers.preemption.AFTER_END_S", 1.0)
     settings = {"eval_every_steps": 10**6}, {"save_every_steps": 10**6}
     plan = tiny_plan(str(tmp_path), num_steps=10**5, train=settings[0], checkpoint=settings[1])
     asked_s: list[float] = []
@@ -84,6 +85,29 @@ def test_before_all_nodes_go_the_last_step_is_saved_and_none_is_taken_any_more(
     )
     (stored,) = [it for it in ledger.events("checkpoint") if it["step"] == last["step"]]
     assert stored["time"] < end_s + 1.0
+
+
+@pytest.mark.parametrize(
+    ("left_s", "step_s", "notice"),
+    [
+        (-1.0, 10.0, Notice.NONE),  # it was to go, and stays
+        (60.0, 10.0, Notice.NONE),
+        (20.0, 10.0, Notice.PART),  # the step after this one would be over just too late
+        (5.0, 10.0, Notice.PART),
+    ],
+)
+def test_a_worker_leaves_before_a_step_that_would_be_lost_with_its_node(
+    left_s: float, step_s: float, notice: Notice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [1000.0]
+    monkeypatch.setattr("jobs.workers.preemption.time.time", lambda: now_s[0])
+    known = Signals(1, "node-1", own_end_s=1000.0 + step_s + left_s)
+    notices = Notices(LocalStorage(tmp_path), WorkerGroup(0, 1), lambda: known)
+    now_s[0] += step_s
+    notices.ask()
+    assert notices.answer() is notice
+    assert notices.leaves_before_s == (known.own_end_s if notice is Notice.PART else None)
+    notices.close()
 
 
 def test_a_request_to_stop_ends_the_run_resumable(

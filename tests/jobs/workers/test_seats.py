@@ -1,6 +1,7 @@
 """Workers go on without those whose seats are vacant, and with them when they come back."""
 
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,10 +41,17 @@ class MeetingProcesses:
         self.processes[seat].join()
         self.leave_vacant(seat)
 
+    def leave(self, seat: int, *, gone_at_s: float) -> None:
+        """Has a worker leave by itself, whose node is to go at this UNIX time."""
+        written = self._folder / "leaves"
+        written.write_text(str(gone_at_s))
+        written.rename(self._folder / f"{seat}.leaves")
+
     def leave_vacant(self, *seats: int) -> None:
         vacate(self._address, group="group", num_seats=NUM_SEATS, seats=seats)
 
     def come(self, seat: int) -> None:
+        (self._folder / f"{seat}.leaves").unlink(missing_ok=True)
         self.processes[seat : seat + 1] = [self.start(seat)]
 
     def wait_for_sum(self, seats: list[int]) -> None:
@@ -103,6 +111,36 @@ def test_those_who_wait_for_nobody_are_joined_too(group: MeetingProcesses) -> No
     group.wait_for_sum([0, 2])
     group.come(1)
     group.wait_for_sum([0, 1, 2])
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("seat", [0, 2])
+def test_the_others_go_on_at_once_without_one_that_leaves(
+    group: MeetingProcesses, seat: int
+) -> None:
+    group.leave(seat, gone_at_s=time.time() + 600)
+    group.wait_for_sum([other for other in range(NUM_SEATS) if other != seat])
+    assert group.processes[seat].is_alive(), "as long as its node is there"
+    group.lose(seat)  # as the controller finds out later
+    others = [process for other, process in enumerate(group.processes) if other != seat]
+    assert all(process.is_alive() for process in others)
+    group.come(seat)
+    group.wait_for_sum([*range(NUM_SEATS)])
+
+
+@pytest.mark.more
+def test_one_that_has_left_ends_where_its_node_stays(group: MeetingProcesses) -> None:
+    group.leave(1, gone_at_s=time.time() - 600)
+    assert exit_code(group.processes[1]) == 1
+    group.wait_for_sum([0, 2])
+
+
+@pytest.mark.more
+def test_one_that_has_left_ends_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / "1.leaves").write_text(str(time.time() + 600))
+    with meeting_place("127.0.0.1") as address:
+        group = MeetingProcesses(address, tmp_path, num_sums=10)
+        assert [exit_code(process) for process in group.processes] == [0, 0, 0]
 
 
 @pytest.mark.more
