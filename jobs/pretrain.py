@@ -324,12 +324,13 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
     is_elastic = scaling.min_workers < scaling.max_workers
     os.environ |= _RAY_TRAIN | (_ELASTIC_RAY_TRAIN if is_elastic else {})
     recorder = FailureRecorder(plan)
-    least, most = scaling.min_workers, scaling.max_workers
+    possible = range(scaling.min_workers, scaling.max_workers + 1)
+    sizes = [size for size in possible if counts.get(size, size) == size]
     callbacks = [
         recorder,
         SignalListener(),
         Drains(),
-        NodeLosses(recorder, least=least, most=most, address=address, counts=counts),
+        NodeLosses(recorder, is_elastic=is_elastic, sizes=sizes, address=address),
         LeftOutNodes(storage),
     ]
     return Trainer(
@@ -337,11 +338,7 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
         storage=storage,
         run=plan.run,
         counts=counts,
-        train_loop_config={
-            "plan": plan,
-            "address": address,
-            "sizes": [size for size in range(least, most + 1) if counts.get(size, size) == size],
-        },
+        train_loop_config={"plan": plan, "address": address, "sizes": sizes},
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as its old API
             num_workers=(scaling.min_workers, scaling.max_workers)

@@ -16,6 +16,14 @@ def processes_of_node(cluster: LocalCluster, name: str) -> list[psutil.Process]:
     return [node, *node.children(recursive=True)]
 
 
+def has_raylet(cluster: LocalCluster, name: str) -> bool:
+    """Reports whether the node still is one of its cluster's."""
+    return any(
+        process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+        for process in processes_of_node(cluster, name)
+    )
+
+
 def drain_node(cluster: LocalCluster, name: str, *, deadline_s: int) -> None:
     """Has the head announce that the node will be reclaimed, as a cloud's notice of preemption
     does."""
@@ -23,9 +31,14 @@ def drain_node(cluster: LocalCluster, name: str, *, deadline_s: int) -> None:
     node_id = next(
         match[1] for word in raylet.cmdline() if (match := re.fullmatch(r"--node_id=(\w+)", word))
     )
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-    command += ["--address", cluster.address, "--node-id", node_id]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
-    command += ["--deadline-remaining-seconds", str(deadline_s)]
+    command = [sys.executable, "-m", "ray.scripts.scripts"]
+    command += drain_words(cluster.address, node_id, deadline_s=deadline_s)
     environment = os.environ | cluster.environment
     subprocess.run(command, env=environment, check=True, timeout=limit_s(60))
+
+
+def drain_words(address: str, node_id: str, *, deadline_s: int) -> list[str]:
+    """Returns what is said to `ray`."""
+    words = ["drain-node", "--address", address, "--node-id", node_id]
+    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
+    return [*words, "--deadline-remaining-seconds", str(deadline_s)]

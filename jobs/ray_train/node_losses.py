@@ -15,10 +15,11 @@ from contextlib import suppress
 from itertools import count, islice
 from typing import Any
 
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from jobs.ray_train.callbacks import FailureRecorder, group_name
 from jobs.ray_train.cluster_view import gone_nodes, renew_view, wait_until_known
+from jobs.ray_train.group_watch import GroupWatch
 from jobs.ray_train.joiners import Joiners
 from jobs.ray_train.lending_policy import give_back, num_to_add, tell_policy
 from jobs.ray_train.seated_group import SeatPlaces
@@ -33,7 +34,7 @@ _POLL_S = 0.5
 _LOOK_S = 1.0  # from one look for room for more workers to the next
 
 
-class NodeLosses(WorkerGroupCallback, ControllerCallback):
+class NodeLosses(GroupWatch, ControllerCallback):
     """Leaves a lost node's seats vacant, and has workers start where there is room. Where too few
     would be left, or one was found wrong, it makes Ray Train plan again, with the living nodes."""
 
@@ -41,17 +42,15 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         self,
         recorder: FailureRecorder,
         *,
-        least: int,
-        most: int,
+        is_elastic: bool,
+        sizes: Collection[int],
         address: str,
-        counts: Mapping[int, int],
     ) -> None:
-        """The group has from `least` to `most` workers, which meet at the address. `counts` has the
-        number to run by the number that could, where they differ."""
+        """The group meets at the address. `sizes` are the numbers of workers with which it goes on
+        without a start."""
+        super().__init__()
         self._recorder, self._address = recorder, address
-        self._least, self._is_elastic, self._counts = least, least < most, counts
-        # Of the newest group; none yet, as an event does not travel to the controller
-        self._ended: threading.Event | None = None
+        self._is_elastic, self._sizes = is_elastic, sizes
         self._is_training = False
         self._vacant: set[int] = set()
         self._gone: set[str] = set()  # ids of nodes, at the last loss
@@ -134,9 +133,7 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         # At once: a place for which Ray looks for another node ends the whole group after a while
         self._places.give_up(lost)
         num_left = len(statuses) - len(self._vacant) - len(lost)
-        are_enough = self._is_elastic and num_left >= self._least
-        runs_all = self._counts.get(num_left, num_left) == num_left
-        if are_enough and runs_all and self._vacated(lost):
+        if num_left in self._sizes and self._vacated(lost):
             self._recorder.after_exception(None, errors)
             self._settle_vacant(statuses)
             return
@@ -197,13 +194,13 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
         self._worker_group, state = worker_group, worker_group.get_worker_group_state()
         self._group, self._num_started = group_name(state.sync_actor), state.num_workers
         self._places = state.placement_group_handle
-        self._ended, self._is_training = threading.Event(), False
+        ended, self._is_training = self._begin_watch(), False
         self._vacant = set()
         self._joiners = Joiners(worker_group, self._give_up)
         if self._is_elastic:
             threading.Thread(
                 target=self._watch,
-                args=(self._places, self._joiners, self._ended),
+                args=(self._places, self._joiners, ended),
                 name="node-losses",
                 daemon=True,
             ).start()
@@ -216,16 +213,6 @@ class NodeLosses(WorkerGroupCallback, ControllerCallback):
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._is_training = True
-
-    def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        self._end_watch()
-
-    def before_worker_group_abort(self, worker_group_context: Any) -> None:
-        self._end_watch()
-
-    def _end_watch(self) -> None:
-        if self._ended is not None:
-            self._ended.set()
 
     def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:
         self._give_back_forgotten()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.local.local_cluster import LocalCluster
 from tests.bound_process import start_bound
+from tests.local_nodes import drain_words
 from tests.repository import REPOSITORY
 
 _POLL_S = 0.05
@@ -51,10 +52,8 @@ def main(address: str, file: Path) -> None:
                 continue
             node_id, deadline_s = line.split()
             seconds = max(1, round(float(deadline_s) - time.time()))
-            words = ["drain-node", "--address", address, "--node-id", node_id]
-            words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
-            words += ["--deadline-remaining-seconds", str(seconds)]
             try:
+                words = drain_words(address, node_id, deadline_s=seconds)
                 scripts.cli.main(args=words, standalone_mode=False)
             except Exception as error:  # a node that has gone already; the next notice counts
                 print(f"{node_id} was not drained: {error}", flush=True)

@@ -22,7 +22,7 @@ from jobs.run.ledger import Ledger, LedgerTail, Line
 from jobs.workers.preemption import STOP_REQUESTED
 from tests.e2e.tiny_runs import ledger_of, tiny_run
 from tests.jobs.corpora import number_texts
-from tests.local_nodes import drain_node, processes_of_node
+from tests.local_nodes import drain_node, has_raylet, processes_of_node
 from tests.time_limits import limit_s
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -54,8 +54,15 @@ class Losses(threading.Thread):
         self._run, self._cluster, self._losses = run_storage(config), cluster, losses
         self._tail = LedgerTail(self._run)
         self._deadline_s = time.monotonic() + limit_s(180)
+        self.died_before_others_went_on: list[str] = []
 
     def run(self) -> None:
+        try:
+            self._lose_all()
+        finally:
+            self._run.write_bytes(STOP_REQUESTED, b"")
+
+    def _lose_all(self) -> None:
         attempt = 0
         for loss in self._losses:
             start = self._settled(after=attempt)
@@ -71,13 +78,14 @@ class Losses(threading.Thread):
                     attempt = self._settled(after=attempt)["attempt"]
                 self._cluster.add_node()
         self._settled(after=attempt)
-        self._run.write_bytes(STOP_REQUESTED, b"")
 
     def _lose(self, name: str, loss: Loss, attempt: int) -> None:
         processes = processes_of_node(self._cluster, name)
         if loss.announced_s is not None:
             drain_node(self._cluster, name, deadline_s=loss.announced_s)
             self._settled(after=attempt)
+            if not has_raylet(self._cluster, name):
+                self.died_before_others_went_on.append(name)
         if loss.is_cut_off:
             for process in processes:
                 process.suspend()
@@ -221,4 +229,5 @@ def disturbed(
     with pytest.raises(StageFailedError, match="has stopped, as requested"):
         run_stage(connection, "jobs.pretrain", config)
     thread.join()
+    assert not thread.died_before_others_went_on
     return ledger_of(config)
