@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -334,11 +335,10 @@ def _trainer(plan: RunPlan, address: str, counts: Mapping[int, int]) -> Trainer:
         LeftOutNodes(storage),
     ]
     return Trainer(
-        train_worker,
+        partial(train_worker, plan, address=address, sizes=sizes),
         storage=storage,
         run=plan.run,
         counts=counts,
-        train_loop_config={"plan": plan, "address": address, "sizes": sizes},
         torch_config=WorkerBackend(),
         scaling_config=ScalingConfig(  # type: ignore[call-arg]  # typed as its old API
             num_workers=(scaling.min_workers, scaling.max_workers)

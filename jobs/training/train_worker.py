@@ -4,8 +4,8 @@ each lost one.
 It imports no more than it needs, as a replacement starts as fast as its imports.
 """
 
+from collections.abc import Collection
 from functools import partial
-from typing import Any
 
 import ray.train
 import torch.distributed
@@ -35,11 +35,10 @@ WAITING_PLACES: WaitingPlaces = {
 waits for others too while it is in a message (`workers/progress`)."""
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """Trains; `settings` hold the run's `plan`, the `address` of the launch's meeting place, and the
-    `sizes` of the group with which the run goes on without a start."""
-    context, plan = ray.train.get_context(), settings["plan"]
-    assert isinstance(plan, RunPlan)
+def train_worker(plan: RunPlan, *, address: str, sizes: Collection[int]) -> None:
+    """Trains the run with the workers that it meets at the address. `sizes` are the numbers of
+    workers with which the run goes on without a start."""
+    context = ray.train.get_context()
     seat, scaling = context.get_world_rank(), plan.config.scaling
     with (
         noting_user_errors(plan.run, rank=seat),
@@ -54,7 +53,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         if way_to_compute(plan.config) != "compiled":  # kernels come from those whom it meets
             self_test.found()  # while the others train
         rendezvous = Rendezvous(
-            settings["address"],
+            address,
             group=group_name(),
             seat=seat,
             num_seats=context.get_world_size(),
@@ -74,7 +73,7 @@ def train_worker(settings: dict[str, Any]) -> None:
                 world_size=len(rendezvous.seats),
                 meeting=meeting,
                 pulse=pulse,
-                signals=partial(signals, rendezvous.seats, settings["sizes"]),
+                signals=partial(signals, rendezvous.seats, sizes),
                 self_test=self_test,
             )
 

@@ -1,6 +1,7 @@
 """A one-node Ray for the data stages, which the files that use it share."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -30,8 +31,12 @@ def ray_workers(s3_server: str) -> int:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """Ends the shared Ray behind its lane: a process has one Ray, and other files start their
-    own."""
+    own. Ends the process group that a failed test left behind: a process has one, and the tests
+    after it are to fail for nothing but themselves."""
     yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        distributed.destroy_process_group()
     is_last = nextitem is None or _lane(nextitem) != _lane(item)
     while is_last and _running:
         _running.pop().close()

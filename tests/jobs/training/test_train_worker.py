@@ -42,7 +42,7 @@ def test_a_group_that_can_never_start_gives_up_in_the_ledger(
     monkeypatch.setattr(entry, "group_name", lambda: "group")
     monkeypatch.setattr(WorkerGroup, "broadcast", broadcast)
     with meeting_place("127.0.0.1") as address:
-        entry.train_worker({"plan": plan, "address": address})
+        entry.train_worker(plan, address=address, sizes=[1])
     assert num_messages == 3
     lines = Ledger.read(plan.run).lines
     assert [line["event"] for line in lines] == ["failure", "gave_up"]
