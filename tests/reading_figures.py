@@ -2,7 +2,9 @@
 folder.
 
 A token is one of Python's `tokenize`, without comments and docstrings; a line of code is one that
-has a token. In TOML tables and C++ a token is a word or a mark.
+has a token; a statement is one of Python's `ast`, without docstrings, of which a compound one counts
+as its head beside those in it. In TOML tables and C++ a token is a word or a mark, and no statements
+are counted.
 """
 
 import ast
@@ -38,18 +40,24 @@ _NOT_CODE = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*#[^\n]*", re.DOTALL | re.MULTILI
 class Density:
     num_tokens: int = 0
     num_lines: int = 0
+    num_statements: int = 0
 
     def add(self, other: "Density") -> None:
         self.num_tokens += other.num_tokens
         self.num_lines += other.num_lines
+        self.num_statements += other.num_statements
 
     @property
     def tokens_a_line(self) -> float:
         return self.num_tokens / max(1, self.num_lines)
 
+    @property
+    def tokens_a_statement(self) -> float:
+        return self.num_tokens / max(1, self.num_statements)
+
 
 def density(source: str) -> Density:
-    """Returns the tokens and the lines of a Python file."""
+    """Returns the tokens, the lines and the statements of a Python file."""
     num_tokens, lines = 0, set[int]()
     may_be_docstring = True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -62,7 +70,17 @@ def density(source: str) -> Density:
         may_be_docstring = False
         num_tokens += 1
         lines.update(range(token.start[0], token.end[0] + 1))
-    return Density(num_tokens, len(lines))
+    statements = [node for node in ast.walk(ast.parse(source)) if _is_statement(node)]
+    return Density(num_tokens, len(lines), len(statements))
+
+
+def _is_statement(node: ast.AST) -> bool:
+    is_text = (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+    return isinstance(node, ast.stmt) and not is_text
 
 
 def crowded_comprehensions(tree: ast.AST) -> list[int]:
@@ -136,19 +154,22 @@ def _words(source: str) -> Density:
 
 
 def main() -> None:
-    print(f"{'folder':32}{'tokens':>9}{'lines':>8}{'tokens a line':>15}")
+    heads = ("tokens", "lines", "a line", "statements", "a statement")
+    print("folder".ljust(32) + "".join(head.rjust(12) for head in heads))
     for suffix in (".py", ".toml", ".cpp", ".h"):
         folders = by_folder(suffix)
-        rows = [*folders.items(), (f"all {suffix}", together(iter(folders.values())))]
-        for name, measured in rows:
-            print(
-                f"{name:32}{measured.num_tokens:>9,}{measured.num_lines:>8,}{measured.tokens_a_line:>15.1f}"
-            )
+        for name, measured in folders.items():
+            print(_row(name, measured))
+        print(_row(f"all {suffix}", together(iter(folders.values()))))
     files = [density(path.read_text(encoding="utf-8")) for path in read_first_files()]
-    first = together(iter(files))
-    print(
-        f"{'to read first':32}{first.num_tokens:>9,}{first.num_lines:>8,}{first.tokens_a_line:>15.1f}"
-    )
+    print(_row("to read first", together(iter(files))))
+
+
+def _row(name: str, measured: Density) -> str:
+    row = f"{name:32}{measured.num_tokens:>12,}{measured.num_lines:>12,}{measured.tokens_a_line:>12.1f}"
+    if measured.num_statements:
+        row += f"{measured.num_statements:>12,}{measured.tokens_a_statement:>12.1f}"
+    return row
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def test_a_token_is_neither_comment_nor_docstring_nor_layout() -> None:
     measured = density(
         '"""Says what."""\n\nx = f(1)  # a comment\n\n\ndef g():\n    """Says."""\n    return "text"\n'
     )
-    assert (measured.num_tokens, measured.num_lines) == (13, 3)
+    assert (measured.num_tokens, measured.num_lines, measured.num_statements) == (13, 3, 3)
 
 
 @pytest.mark.parametrize(

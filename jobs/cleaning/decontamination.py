@@ -67,11 +67,11 @@ class ValidationNgrams:
 
     def may_hold(self, hashes: Hashes) -> Marks:
         """Marks the n-grams that pass the filter: all that are held, and a few others."""
-        partitions = hashes % np.uint64(self.sent.num_partitions)
-        places = partitions * np.uint64(8 * self.filter_bytes) + self._bits(hashes)
-        filter_bytes = _read_filter(self)[places >> np.uint64(3)]
-        bits = filter_bytes << (places & np.uint64(7)).astype(np.uint8)
-        return bits & np.uint8(128) != 0
+        partitions = hashes % self.sent.num_partitions
+        places = partitions * (8 * self.filter_bytes) + self._bits(hashes)
+        filter_bytes = _read_filter(self)[places >> 3]
+        bits = filter_bytes << (places & 7).astype(np.uint8)
+        return bits & 128 != 0
 
     def _bits(self, hashes: Hashes) -> Hashes:
         return (hashes >> np.uint64(32)) % np.uint64(8 * self.filter_bytes)

@@ -191,7 +191,7 @@ def _ask_for_signatures(
 ) -> Iterator[Piece]:
     """Asks each section for the signatures of some rows."""
     earlier = _earlier_documents(section, bands)
-    first_of_sections = np.arange(exchange.num_sections + 1, dtype=np.uint64) << np.uint64(32)
+    first_of_sections = np.arange(exchange.num_sections + 1, dtype=np.uint64) << 32
     borders = np.searchsorted(earlier, first_of_sections)
     for first, end in pairwise(borders.tolist()):
         yield [earlier[first:end].astype(ROW).tobytes()]

@@ -60,7 +60,7 @@ class BucketFile(ExitStack):
         records = np.concatenate(self._pending)
         self._pending, self._pending_bytes = [], 0
         assert self._dtype.names, "the first field is the key"
-        buckets = (records[self._dtype.names[0]] % np.uint64(self._num_buckets)).astype(np.uint16)
+        buckets = (records[self._dtype.names[0]] % self._num_buckets).astype(np.uint16)
         order = np.argsort(buckets, kind="stable")
         borders = np.searchsorted(buckets, np.arange(self._num_buckets + 1), sorter=order)
         self._runs.append(self._file.tell() + borders * records.itemsize)

@@ -72,7 +72,7 @@ def signatures_of(ngrams: Hashes, sets: Places, *, num_sets: int) -> Signatures:
     """Returns the signatures (D, 128) of sets of hashed n-grams (G,), repeats ignored; `sets` (G,)
     has their owners."""
     least = np.full((num_sets, SIGNATURE_SIZE), _EMPTY)
-    bins = sets * SIGNATURE_SIZE + (ngrams >> np.uint64(64 - _BIN_BITS)).astype(np.int64)
+    bins = sets * SIGNATURE_SIZE + (ngrams >> (64 - _BIN_BITS)).astype(np.int64)
     np.minimum.at(least.reshape(-1), bins, ngrams)
     filled = least != _EMPTY
     borrowers, empty = np.nonzero(~filled)
@@ -83,7 +83,7 @@ def signatures_of(ngrams: Hashes, sets: Places, *, num_sets: int) -> Signatures:
     # Each bin keeps different 16 bits, or a document of one n-gram would match one in 65,536 of its
     # kind.
     mixed = mix64(least ^ np.arange(SIGNATURE_SIZE, dtype=np.uint64))
-    signatures = (mixed & np.uint64(0xFFFF)).astype(np.uint16)
+    signatures = (mixed & 0xFFFF).astype(np.uint16)
     signatures[~filled.any(axis=1)] = 0
     return signatures
 

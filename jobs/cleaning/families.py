@@ -32,7 +32,7 @@ def link(left: Hashes, right: Hashes) -> Records:
     apart = left != right
     left, right = left[apart], right[apart]
     here, there = np.concatenate([left, right]), np.concatenate([right, left])
-    return np.rec.fromarrays([here >> np.uint64(32), here.astype(ROW), there], dtype=LINK)
+    return np.rec.fromarrays([here >> 32, here.astype(ROW), there], dtype=LINK)
 
 
 def join_families(

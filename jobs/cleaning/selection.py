@@ -105,7 +105,7 @@ def settle(
             undecided = codes[places] == 0
             codes[places[undecided]] = code
         hashes = leading(index.hashes)
-        codes[(codes == 0) & (hashes < np.uint64(val_below))] = HELD_OUT
+        codes[(codes == 0) & (hashes < val_below)] = HELD_OUT
         kept = hashes[(codes == 0) | (codes == HELD_OUT)]
         settled["counts"] += np.bincount(codes, minlength=256).astype("<u8")
         settled["least"] = kept.min(initial=settled["least"][0])

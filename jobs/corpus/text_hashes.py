@@ -49,7 +49,7 @@ order."""
 _UNSPACED = np.array(_UNSPACED_SCRIPTS, dtype=np.uint16).reshape(-1)
 # Masks of a little-endian word
 _FIRST_BYTES = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
-_STEP = np.uint64(0x9E3779B97F4A7C15)
+_STEP = 0x9E3779B97F4A7C15
 
 
 def normalized(text: str) -> bytes:
@@ -114,10 +114,11 @@ def ngrams_by_text(normalized: Sequence[bytes], n: int) -> tuple[Hashes, Places]
 def mix64(x: Hashes) -> Hashes:
     """Applies the finalizer of splitmix64 (Steele, Lea, Flood, 2014): each output bit depends on
     each input bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
+    x = x ^ (x >> np.uint64(30))
+    x *= 0xBF58476D1CE4E5B9
+    x ^= x >> 27
+    x *= 0x94D049BB133111EB
+    x ^= x >> 31
     return x
 
 

@@ -141,12 +141,11 @@ def _permuted(places: Indices, key: str, size: int, *, back: bool = False) -> In
     digest = hashlib.shake_256(f"raymill sample order {key}".encode()).digest(8 * _ROUNDS)
     keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    half = np.uint64(half_bits)
-    mask = np.uint64((1 << half_bits) - 1)
+    mask = (1 << half_bits) - 1
     values = places.astype(np.uint64)
     outside = np.ones(values.shape, dtype=bool)
     while outside.any():
-        left = values[outside] >> half
+        left = values[outside] >> half_bits
         right = values[outside] & mask
         if back:
             for round_key in keys[::-1]:
@@ -154,6 +153,6 @@ def _permuted(places: Indices, key: str, size: int, *, back: bool = False) -> In
         else:
             for round_key in keys:
                 left, right = right, left ^ (mix64(right + round_key) & mask)
-        values[outside] = (left << half) | right
+        values[outside] = (left << half_bits) | right
         outside = values >= size
     return values.astype(np.int64)

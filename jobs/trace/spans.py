@@ -61,7 +61,7 @@ class SearchedStore:
     """The tokens of a store within the pieces that are searched; for one thread."""
 
     def __init__(self, store: Storage, manifest: Manifest, pieces: Iterable[Piece]) -> None:
-        self.eot_id = np.uint64(manifest.eot_id)
+        self.eot_id = manifest.eot_id
         # The copies that a training on this node has left there
         near = FileCache(store, Path.home() / ".cache/raymill/shards", max_bytes=0)
         self._reader = ShardReader(store, manifest.dtype, near=near)
@@ -107,7 +107,7 @@ def find_spans(
         raise UserError(
             f"the text has {len(ids):,} tokens, and at most {MOST_TEXT_TOKENS:,} are traced at once; divide it"
         )
-    starts, hashes = chosen_windows(ids, border=int(searched.eot_id))
+    starts, hashes = chosen_windows(ids, border=searched.eot_id)
     by_hash = _looked_up(index, hashes)
     matches: set[Match] = set()
     for match in _matches(ids, searched, _diagonals(starts, hashes, by_hash)):

@@ -89,7 +89,7 @@ _NO_HITS = Hits(np.zeros(0, np.int64), 0)
 
 
 def keys_of(hashes: Ids) -> Keys:
-    return (hashes >> np.uint64(32)).astype(KEY)
+    return (hashes >> 32).astype(KEY)
 
 
 def part_content(keys: Keys, places: Ids, *, place_bytes: int) -> list[bytes]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jobs.corpus.text_hashes import mix64
+
 WINDOW_TOKENS = 8
 GROUP_WINDOWS = 5
 LEAST_SPAN = WINDOW_TOKENS + GROUP_WINDOWS - 1
@@ -19,8 +21,7 @@ LEAST_SPAN = WINDOW_TOKENS + GROUP_WINDOWS - 1
 Ids = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
 
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MIXERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 def plain_ids(tokens: npt.NDArray[Any]) -> Ids:
@@ -44,20 +45,17 @@ def chosen_windows(ids: Ids, *, border: int) -> tuple[Places, Ids]:
         is_less = other < least
         places[is_less] = np.flatnonzero(is_less) + offset
         np.minimum(least, other, out=least)
-    borders_before = np.concatenate([[0], np.cumsum(ids == np.uint64(border))])
+    borders_before = np.concatenate([[0], np.cumsum(ids == border)])
     is_whole = borders_before[LEAST_SPAN:] == borders_before[:-LEAST_SPAN]
     chosen = np.unique(places[is_whole])
     return chosen, hashes[chosen]
 
 
 def _hashes(ids: Ids) -> Ids:
-    """Returns the hash of each window: a polynomial of its ids, mixed as splitmix64 does."""
+    """Returns the hash of each window: a polynomial of its ids, mixed."""
     num_windows = len(ids) - WINDOW_TOKENS + 1
     hashes = np.zeros(num_windows, np.uint64)
     for offset in range(WINDOW_TOKENS):
         hashes *= _MULTIPLIER
         hashes += ids[offset : offset + num_windows]
-    for shift, mixer in zip((np.uint64(30), np.uint64(27)), _MIXERS, strict=True):
-        hashes ^= hashes >> shift
-        hashes *= mixer
-    return hashes ^ (hashes >> np.uint64(31))
+    return mix64(hashes)
