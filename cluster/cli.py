@@ -102,7 +102,8 @@ def _run(words: list[str]) -> int:
 
 
 def command_parser(words: Sequence[str] | None = None) -> Parser:
-    """Returns the parser for a command line of these words; without words, that of all commands.
+    """Returns the parser for a command line of these words; without words, the parser of all
+    commands.
 
     Only the named command gets its arguments, as a configuration tree takes long to import, and for
     `--help` fewer than for `--help all`.

@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Wing:
-    """A folder, and the names of what it adds."""
+    """A folder, and the names of its parts in the table."""
 
     folder: str
     needs: tuple[str, ...] = ()

@@ -142,8 +142,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def perplexity(loss: float) -> float | None:
-    """Returns that of a loss in nats; None where it is no number, or one beyond what a float and
-    JSON have."""
+    """Returns the perplexity of a loss in nats; None where it is no number, or one beyond the range
+    of a float and of JSON."""
     return math.exp(loss) if loss <= math.log(sys.float_info.max) else None
 
 

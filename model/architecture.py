@@ -42,8 +42,8 @@ class Fused:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter, or that of each block. One of a block that has two sides is a hidden matrix:
-    it multiplies activations."""
+    """One parameter, or one of each block. A block's parameter that has two sides is a hidden
+    matrix: it multiplies activations."""
 
     dims: tuple[Dim, ...]
     initial: Initial

@@ -1,4 +1,4 @@
-"""The interface of what lies between token ids and the output head: `GPT` and the views of a query
+"""The interface of the layers between token ids and the output head: `GPT` and the views of a query
 know no more of it.
 
 Shapes: B sequences, T tokens of each, C = n_embd, V vocabulary.

@@ -242,8 +242,8 @@ PRESETS: dict[str, dict[str, Any]] = read_table(__file__, "presets")
 
 
 def preset_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields in `values` over those of its `preset`. Raises `ValueError` for an unknown
-    one."""
+    """Returns the fields in `values` over the fields of its `preset`. Raises `ValueError` for an
+    unknown one."""
     values = dict(values)
     preset = values.pop("preset", None)
     # A file may hold a list, which has no hash

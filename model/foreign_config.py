@@ -63,7 +63,7 @@ class ForeignModelError(UserError):
 @dataclass(frozen=True)
 class ForeignConfig:
     """A causal language model of transformers, perhaps with an adapter. Two are equal if their
-    config.json, and that of their adapter, say the same."""
+    config.json, and their adapters', say the same."""
 
     content: str
     """config.json, with sorted keys: a text, as a dictionary has no hash."""
@@ -227,8 +227,8 @@ class ForeignConfig:
 
     @property
     def num_active_parameters(self) -> int:
-        """The parameters that compute a token, frozen ones too: of a layer's experts only those that
-        it is sent to."""
+        """The parameters that compute a token, frozen ones too: of a layer's experts only the ones
+        that it is sent to."""
         active = 0 if self.adapter is None else self.base.num_active_parameters
         for name, shape in self.parameter_shapes.items():
             size = math.prod(shape)

@@ -37,7 +37,7 @@ def linear_cross_entropy(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Returns autocast's type where that is on, else that of x."""
+    """Returns autocast's type where that is on, else the type of x."""
     device_type = x.device.type
     return (
         torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

@@ -1,4 +1,5 @@
-"""Seeds torch's generator for each micro-batch, so that dropout is the same whoever computes it."""
+"""Seeds torch's generator for each micro-batch, so that dropout is the same on every rank that may
+compute it."""
 
 import hashlib
 

@@ -150,8 +150,8 @@ class ExactEngine(Generic[Batch]):
         return [*chain.from_iterable(self._plan.turns)]
 
     def step(self, batch_of: Callable[[int], Batch], *, learning_rate: float) -> StepFigures:
-        """Takes one step on the batch of all lanes: `batch_of` gives that of a lane, the same
-        whenever and wherever it is called.
+        """Takes one step on the batch of all lanes: `batch_of` gives one lane's, the same whenever
+        and wherever it is called.
 
         Raises `UserError` on all workers for a loss that cannot be exact, in the first step or
         later, for learning rates that differ, and for what is not finite: the state is then as

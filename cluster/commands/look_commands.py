@@ -1,5 +1,5 @@
-"""The commands of `raymill` that look at checkpoints. Each imports what it alone needs. Those that
-look at runs are of wings."""
+"""The commands of `raymill` that look at checkpoints. Each imports what it alone needs. The
+commands that look at runs are wings'."""
 
 from cluster.commands.arguments import CHECKPOINT, STORAGE
 from cluster.commands.command import Arguments, Command, CommandSection, Result

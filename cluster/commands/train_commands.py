@@ -244,7 +244,7 @@ def as_typed(storage: str, *commands: str) -> str:
 
 def plan(arguments: Arguments) -> Result:
     """Returns the figures, with three lines to be printed, or all of them as a table. Without GPUs
-    they are those of this machine."""
+    they are for this machine."""
     from cluster.settings.flags import settings_from_flags, validate_config
     from cluster.settings.plan import PlanConfig, TraceConfig
     from cluster.settings.run import RunConfig, planned_vocabulary

@@ -75,8 +75,8 @@ class Operator:
             time.sleep(POLL_S)
 
     def wait_until_steady(self) -> dict[str, Any]:
-        """Returns the delivery's state once no promotion is in progress, whatever the last one's
-        outcome."""
+        """Returns the delivery's state once no promotion is in progress, for any outcome of the
+        last one."""
         while (state := self._part_of(self._status()["delivery"]))["phase"] != "steady":
             time.sleep(POLL_S)
         return state

@@ -15,8 +15,8 @@ def kinds_of(manifests: list[Object]) -> list[tuple[str, str]]:
 
 
 def leftovers(live: list[Object], manifests: list[Object]) -> list[Object]:
-    """Returns the live objects that the manifests lack: not those that another object or a
-    submitted run owns, nor settings that something live still names."""
+    """Returns the live objects that the manifests lack, without objects that another object or a
+    submitted run owns, and without settings that something live still names."""
     wanted = set(map(full_name, manifests))
     users = json.dumps([o["spec"] for o in live if o["kind"] in (*KINDS, "StatefulSet")])
     return [

@@ -1,5 +1,5 @@
-"""Makes the JSON patches that scale, suspend or resume a Ray object, and keeps what they set when
-it is applied again. Pure."""
+"""Makes the JSON patches that scale, suspend or resume a Ray object, and keeps their settings when
+the object is applied again. Pure."""
 
 import copy
 from typing import Any

@@ -46,7 +46,7 @@ def sentence(manifest: Object) -> str:
 
 
 def groups(manifest: Object, pods: list[Object] | None = None) -> Iterator[str]:
-    """Yields a line for each worker group: its bounds. That of a running RayCluster also has how
+    """Yields a line for each worker group: its bounds. A running RayCluster's line also has how
     many pods are wanted and how many of the namespace's `pods` run."""
     is_up = (
         manifest["kind"] == "RayCluster"

@@ -97,8 +97,8 @@ ones."""
 
 def free_port(promised: Collection[int] = ()) -> int:
     """Returns a TCP port of the loopback interface on which nothing listens, except the promised
-    ones. It is of those that no connection is given by itself, so that it is still free when the
-    listener that it is meant for starts."""
+    ones. No connection is given it by itself, so that it is still free when the listener that it is
+    meant for starts."""
     while True:
         port = _CHOSEN_BY_HAND.start + secrets.randbelow(len(_CHOSEN_BY_HAND))
         if port in promised:
@@ -384,7 +384,7 @@ class LocalCluster:
 
 def gpus_per_node(num_gpus: int, num_nodes: int, *, together: int = 1) -> int:
     """Returns how many of this machine's GPUs each local node that carries work is lent: a multiple
-    of those that one worker takes together."""
+    of a worker's own number."""
     worker_nodes = max(1, num_nodes - 1)
     return -(-num_gpus // (worker_nodes * together)) * together
 

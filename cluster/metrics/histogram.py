@@ -57,7 +57,7 @@ class Histogram(Collector):
         return self._series.setdefault(values, Series(self._bounds))
 
     def remove_by_labels(self, labels: Mapping[str, str]) -> None:
-        """Ends the series with these labels, whatever their others are."""
+        """Ends the series with these labels, for all values of the others."""
         for values in list(self._series):
             if labels.items() <= dict(zip(self._label_names, values, strict=True)).items():
                 del self._series[values]

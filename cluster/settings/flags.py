@@ -134,7 +134,7 @@ def settings_from_flags(
     over: dict[str, Any] | None = None,
     file: Path | None = None,
 ) -> dict[str, Any]:
-    """Returns the settings that the flags give, laid over those of a file."""
+    """Returns the settings that the flags give, laid over a file's."""
     values = over or {}
     for leaf in leaves(root):
         path, value = leaf.path, flags[leaf.path]

@@ -1,5 +1,5 @@
 """The settings of a tree as a list: the path, the type, the help, the choices and the default of
-each; and a file of those that are changed first."""
+each; and a file of the settings that are changed first."""
 
 import dataclasses
 import json

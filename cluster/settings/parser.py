@@ -39,7 +39,8 @@ def _is_setting(action: argparse.Action) -> bool:
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that raises `ConfigError` and never accepts abbreviated flags. With
-    `is_short` it is for a help that has of a run's many settings those that are changed first."""
+    `is_short` it is for a help that has of a run's many settings only the ones that are changed
+    first."""
 
     def __init__(self, *, is_short: bool = False, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **{"formatter_class": Manual} | settings)

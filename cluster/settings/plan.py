@@ -1,4 +1,4 @@
-"""The typed settings of `raymill plan`, beside those of the run that it plans."""
+"""The typed settings of `raymill plan`, beside the settings of the run that it plans."""
 
 from typing import Self
 

@@ -55,8 +55,8 @@ def warmup_tokens(max_tokens: int) -> int:
 
 
 def with_depth(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of a run with those that follow from `model.depth`, which is not one of
-    them any more. Settings without it are returned as they are. Raises `ValueError` for no
+    """Returns the settings of a run with the ones that follow from `model.depth`, which is not one
+    of them any more. Settings without it are returned as they are. Raises `ValueError` for no
     depth."""
     model = values.get("model")
     if not isinstance(model, dict) or model.get("depth") is None:

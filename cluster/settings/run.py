@@ -1,5 +1,5 @@
-"""The typed settings of a run, `RunConfig` (`ServeConfig` is in `serve`, those of an evaluation and of a
-trace index are in `stages`).
+"""The typed settings of a run, `RunConfig` (`ServeConfig` is in `serve`; the settings of an
+evaluation and of a trace index are in `stages`).
 
 Each is a key of the YAML file and a flag (`--train.learning-rate 1e-3`), declared once
 (setting.py): `data` and `train` have those that shape tokens and weights. The trees are frozen and
@@ -192,8 +192,8 @@ class ScalingConfig(Settings):
         return self
 
     def group_size(self, world_size: int) -> int:
-        """Returns the number of workers that hold one copy of what is sharded: not fewer than were
-        asked for, whose memory might not hold their shares."""
+        """Returns the number of workers that hold one copy of the sharded state: not fewer than
+        were asked for, whose memory might not hold their shares."""
         least = min(self.shard_group or world_size, world_size)
         return next(size for size in range(least, world_size + 1) if world_size % size == 0)
 

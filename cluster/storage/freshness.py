@@ -1,5 +1,5 @@
-"""Decides which checkpoint counts where checkpoints must be signed: the newest one, whatever is
-wrong with it. Pure functions of what is published and of the names of files.
+"""Decides which checkpoint counts where checkpoints must be signed: the newest one, with all its
+faults. Pure functions of what is published and of the names of files.
 
 Older checkpoints are signed as well. So whoever can write to the storage would choose what is
 served, if a damaged newest one let an older one take its place.

@@ -27,7 +27,8 @@ class Loan:
 
 
 def lend(run: Storage, loan: Loan) -> None:
-    """Replaces any earlier loan. The run keeps its `scaling.min_workers` whatever is asked for."""
+    """Replaces any earlier loan. The run keeps its `scaling.min_workers` even if more is asked
+    for."""
     run.write_bytes(LENT_FILE, json.dumps(asdict(loan)).encode())
 
 

@@ -188,13 +188,14 @@ def served_checkpoints(storage: Storage) -> set[str]:
 
 
 def served_by(storage: Storage, endpoint: str) -> list[str]:
-    """Returns those of one endpoint. Raises `StorageError` if that cannot be known."""
+    """Returns the checkpoints that one endpoint serves. Raises `StorageError` if that cannot be
+    known."""
     return _pinned(storage, f"{ENDPOINTS}{endpoint}.json")
 
 
 def endpoint_files(storage: Storage) -> dict[str, list[str]]:
-    """Returns the keys of what is remembered of each endpoint, by its name: its file, and the copy
-    of that, if there is one."""
+    """Returns the keys of each endpoint's state, by its name: its file, and the copy of that, if
+    there is one."""
     keys = [entry.key for entry in storage.list(ENDPOINTS)]
     files: dict[str, list[str]] = {}
     for key in keys:

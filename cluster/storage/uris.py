@@ -68,7 +68,7 @@ def _require_bucket(uri: str) -> None:
 
 def place_of(uri: str) -> str:
     """Returns one text for all the ways to write a location: the real path of one on this machine,
-    whatever links lead to it, and for one on the Hub the same at each revision."""
+    through all links, and for one on the Hub the same at each revision."""
     return places_to(uri)[-1]
 
 

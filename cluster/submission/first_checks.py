@@ -31,7 +31,7 @@ once."""
 
 def check_gpu(setting: str, address: str | None, *, num_gpus: int = 1) -> None:
     """Raises `AdmissionError` for a setting that asks for GPUs of a node, if there is none with
-    them: a local cluster's nodes are lent those of this machine."""
+    them: a local cluster's nodes are lent this machine's GPUs."""
     if address is not None:
         check_gpus(cluster_at(address), setting, num_gpus=num_gpus)
         return

@@ -68,8 +68,8 @@ class Deduplication:
         self.sections = sections_of([size * record_bytes for size in sizes], least=self._task_bytes)
 
     def exact(self) -> Decisions:
-        """Sections send their hashes, partitions find those that several sections have, and answer
-        each section."""
+        """Sections send their hashes, partitions find the hashes that several sections have, and
+        answer each section."""
         hashes = self._exchange("hashes", self._num_documents * HASHED.itemsize)
         if len(self.sections) > 1:
             send = partial(hashes.send, pieces=_send_hashes)

@@ -37,7 +37,7 @@ class ChunkIndex:
 
 
 def selection_folder(data: DataConfig) -> str:
-    """Returns the folder of what the tasks of a selection exchange, which depends on their size."""
+    """Returns the folder of the tasks' exchange, which depends on their size."""
     return f"{INDEX}/selection-{data.selection_task_bytes}"
 
 

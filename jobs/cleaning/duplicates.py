@@ -1,5 +1,5 @@
-"""Decides which documents repeat or resemble an earlier one: among those of a section, and where
-sections meet.
+"""Decides which documents repeat or resemble an earlier one: among the documents of a section, and
+where sections meet.
 
 Documents that similar pairs connect, directly or through others, are a family. Its first document
 is kept, and the others are its near-duplicates: how many are kept does not depend on the order of

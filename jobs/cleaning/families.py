@@ -39,7 +39,7 @@ def join_families(
     links: Exchange, sections: Sequence[Section], sizes: Sequence[int], *, run: Runner
 ) -> Exchange:
     """Returns the links of the stars; `links` and these are answers of each section to each, and
-    `sizes` those of the chunks."""
+    `sizes` the documents of each chunk."""
     for turn in count(1):
         stars = replace(links, name=f"{links.name}-{turn}")
         work = partial(_turn, sizes=sizes, links=links, stars=stars, is_large=turn % 2 == 1)

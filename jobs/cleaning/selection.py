@@ -86,8 +86,8 @@ def select(
 def settle(
     section: Section, *, store: Storage, key: str, decisions: Sequence[Decisions], val_below: int
 ) -> bytes:
-    """Stores the codes of a section's chunks, and then what it returns: the number of documents by
-    code, and the least and the largest hash among those that are kept."""
+    """Stores the codes of a section's chunks, and then the figures that it returns: the number of
+    documents by code, and the least and the largest hash among the documents that are kept."""
     key = f"{key}/section-{section.number:05d}"
     content = store.find_bytes(key)
     if content is not None and len(content) == _SETTLED.itemsize:

@@ -12,7 +12,8 @@ from jobs.corpus.listing import CorpusError
 
 
 def why_dropped(document: Document, data: DataConfig) -> Drop | None:
-    """Returns the reason to drop a document whatever else the corpus has; None if there is none."""
+    """Returns the reason to drop a document, which depends on no other document; None if there is
+    none."""
     return document.drop or failed_rule(document.text, data.quality_rules)
 
 

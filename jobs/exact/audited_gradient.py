@@ -117,7 +117,7 @@ class AuditedGradient:
         self, step: int, audit: Audit, subjects: Sequence[int], timer: StepTimer
     ) -> list[list[int]]:
         """Has every rank compute the turns of some ranks that an audit has checked. Returns their
-        checksums: for each of those ranks, that of every rank."""
+        checksums: for each of those ranks, every rank's answer."""
         totals: list[Tensor] = []
         with self._state.weights_in_use(timer):
             for rank in subjects:

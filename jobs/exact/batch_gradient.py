@@ -92,9 +92,9 @@ class BatchGradient:
             return self._sum.finish(step, self.passes.plan(step), losses=summed.losses, shown=shown)
 
     def mean(self, step: int, measured: Measured) -> Measured:
-        """Makes of the sum in the state's buffer, and of its figures, those of the mean over tokens
-        that count. Only now is it known how many they are: so far, the sums are divided by all that
-        the batch has."""
+        """Turns the sum in the state's buffer, and its figures, into the mean over the tokens that
+        count. Only now is their number known: so far, the sums are divided by the number of all
+        tokens of the batch."""
         scale = self.passes.scale(step, measured.num_counted)
         if scale != 1.0:
             self._state.gradient.mul_(scale)

@@ -127,6 +127,6 @@ def micro_batch(
 
 
 def num_counted(targets: Tensor) -> int:
-    """Returns how many targets the loss counts: all of a text, in conversations those of
-    answers."""
+    """Returns how many targets the loss counts: all tokens of a text, and the tokens of answers in
+    conversations."""
     return int((targets != IGNORE_INDEX).sum())

@@ -90,8 +90,8 @@ class LanePasses:
         return figures
 
     def scale(self, step: int, num_counted: int) -> float:
-        """Returns what makes the mean over so many counted tokens of what the passes of a step
-        add up."""
+        """Returns the factor that turns the sum of a step's passes into the mean over so many
+        counted tokens."""
         return self.schedule.step_tokens(step) / max(1, num_counted) / self._loss_scale
 
     @contextmanager
@@ -133,7 +133,7 @@ class LanePasses:
         return StepPlan(self._state.sharding, num_lanes, num_micro_batches=k)
 
     def read_ahead(self, step: int, *, also: Sequence[tuple[int, int]] = ()) -> None:
-        """Has this worker's rows of a step and of the next one read, and those of other
+        """Has this worker's rows of a step and of the next one read, and the rows of other
         micro-batches, each given by its step and its number."""
         numbers: list[tuple[int, int]] = []
         for of_step in range(step, min(step + 1, self.schedule.max_steps) + 1):

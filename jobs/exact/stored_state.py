@@ -34,8 +34,9 @@ def checksum_of(words: int) -> str:
 
 
 def words_of_share(state: TrainState, parts: Iterable[str]) -> int:
-    """Returns the sum of the words of what this rank stores of some parts of the state: of all of
-    them, or of its stretches. The sums of all holders of one copy add up to that of the whole."""
+    """Returns the sum of the words of this rank's stored share of some parts of the state: of all
+    of them, or of its stretches. The sums of all holders of one copy add up to the sum of the
+    whole."""
     return words_in(_tensors_of_share(state, parts))
 
 
@@ -70,7 +71,7 @@ def restored(
 
 
 def damaged_state(are_right: Sequence[bool], source: str) -> DamagedStateError:
-    """Returns the error of ranks that hold other bits than those that were stored."""
+    """Returns the error of ranks whose bits are not the stored ones."""
     wrong = ", ".join(str(rank) for rank, is_right in enumerate(are_right) if not is_right)
     return DamagedStateError(
         f"the state that rank {wrong} loaded from {source} has other bits than the state that was stored, {MOST_TRIES} "

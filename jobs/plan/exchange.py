@@ -200,7 +200,7 @@ def _nodes_by_seat(num_groups: int, size: int, options: PlanConfig) -> list[int]
 def between_groups(
     layout: FlatLayout, sharding: Sharding, options: PlanConfig, *, num_lanes: int
 ) -> Traffic:
-    """Returns what one GPU sends to those of other groups that have the same place there."""
+    """Returns the bytes that one GPU sends to the GPUs in the same place of other groups."""
     num_groups, size = min(sharding.num_groups, num_lanes), sharding.group_size
     busiest = partial(
         of_busiest,

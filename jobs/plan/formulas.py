@@ -27,8 +27,8 @@ def gpu_days(flops: float, flops_per_s: float) -> float:
 
 
 def mean_time_between_failures_s(mtbf_gpu_hours: float, num_gpus: int) -> float:
-    """Returns the seconds between failures of the run: those of single GPUs are independent and
-    each interrupts it."""
+    """Returns the seconds between failures of the run: single GPUs fail independently and each
+    failure interrupts it."""
     return 3600 * mtbf_gpu_hours / num_gpus
 
 

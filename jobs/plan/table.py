@@ -1,5 +1,5 @@
-"""Formats a plan as text: a few lines of what matters most, and all of it: warnings, the aligned
-figures of `work.txt` and `plan.txt`, and the assumptions."""
+"""Formats a plan as text: a few lines of the figures that matter most, and all of it: warnings, the
+aligned figures of `work.txt` and `plan.txt`, and the assumptions."""
 
 import string
 import textwrap

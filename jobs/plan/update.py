@@ -1,5 +1,5 @@
-"""Counts what the update of all weights takes: its operations, the bytes that it moves, and the
-bytes of what the rule keeps beside them."""
+"""Counts the cost of the update of all weights: its operations, the bytes that it moves, and the
+bytes of the rule's vectors."""
 
 from math import prod
 
@@ -48,8 +48,8 @@ def state_bytes(config: RunConfig, layout: FlatLayout) -> float:
 
 
 def most_optimizer_bytes(config: RunConfig, layout: FlatLayout, *, num_holders: int) -> float:
-    """Returns the bytes of the update rule's vectors of the rank that has most, of those that hold
-    one copy together."""
+    """Returns the bytes of the update rule's vectors on the rank that has most, among the ranks
+    that hold one copy together."""
     if not layout.matrices:
         return _vector_bytes(config, layout, layout.whole) / num_holders
     most = 0.0

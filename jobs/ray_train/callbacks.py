@@ -54,14 +54,14 @@ class SignalListener(WorkerCallback):
 
 def group_name(meets: ActorHandle | None = None) -> str:
     """Returns the name of a group, by the actor through which Ray Train has its workers meet: by
-    default that of this worker's group."""
+    default the name of this worker's group."""
     actor = meets or get_train_context().get_synchronization_actor()
     return actor._actor_id.hex()
 
 
 def signals(seats: Collection[int], sizes: Collection[int]) -> Signals:
-    """Returns what this worker's process knows of its end, and of that of all who train, by their
-    seats. `sizes` are the numbers of workers with which the run goes on without a start."""
+    """Returns the announced ends of this worker's process and of the processes of all who train, by
+    their seats. `sizes` are the numbers of workers with which the run goes on without a start."""
     context = get_train_context()
     info = context.preemption_context.preemption_info
     if info is None or not info.deadline_ms:

@@ -31,7 +31,7 @@ class Joiners:
 
     @property
     def seats(self) -> set[int]:
-        """The seats of those that are not yet part of the group."""
+        """The seats of the workers that are not yet part of the group."""
         with self._lock:
             return self._starting.union(self._started)
 
@@ -62,8 +62,8 @@ class Joiners:
                     self._started[seat] = started
 
     def take_in(self) -> set[int]:
-        """Makes those that train a part of the group, new seats in their order. Returns their seats.
-        One in front of which no worker came begins anew in that seat."""
+        """Makes the joined workers a part of the group, new seats in their order. Returns their
+        seats. One in front of which no worker came begins anew in that seat."""
         taken, behind_none = set(), []
         with self._lock:
             for seat in sorted(self._started):

@@ -82,7 +82,7 @@ class LendingPolicy(ElasticScalingPolicy):
         )
 
     def num_to_add(self, num_training: int) -> int:
-        """Returns how many workers can join those that train, one by one."""
+        """Returns how many workers can join the group, one by one."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         if alive != self._alive:
             renew_view()

@@ -49,7 +49,8 @@ class SeatPlaces(PlacementGroupHandle):
         return self.placement_group.ready()
 
     def wait(self, timeout_seconds: float = 30) -> bool:
-        """Returns whether all places are given within this time, those of a node side by side."""
+        """Returns whether all places are given within this time, the places of a node side by
+        side."""
         end_s = time.monotonic() + timeout_seconds
         for place in self._places.values():
             if not place.wait(max(end_s - time.monotonic(), 0.0)):

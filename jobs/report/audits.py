@@ -1,4 +1,4 @@
-"""Tells from a run's ledger what its audits have found, what they cost, and who was left out."""
+"""Tells from a run's ledger the findings of its audits, their cost, and who was left out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

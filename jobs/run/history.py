@@ -66,8 +66,8 @@ def _may_have_named(reference: str, checkpoint: str) -> bool:
 
 
 def training_differences(before: RunConfig, now: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns both values of each setting of the model, and of those that shape the run, that
-    differs."""
+    """Returns both values of each setting that differs, among the settings of the model and of the
+    run's shape."""
     differences = {}
     for name, values in shape_differences(before.model, now.model).items():
         differences[f"model.{name}"] = values

@@ -80,8 +80,8 @@ class LedgerWriter:
         self._append({"time": round(time.time(), 3), **fields})
 
     def blocks(self, *, start: int) -> Iterator[bytes]:
-        """Yields the lines from a byte on, some megabytes of whole lines at once, with those that
-        the storage does not have yet."""
+        """Yields the lines from a byte on, some megabytes of whole lines at once, with the lines
+        that the storage does not have yet."""
         size, length = self._size, _BLOCK_BYTES
         while start < size:
             piece = os.pread(self._file.fileno(), min(length, size - start), start)
@@ -244,8 +244,8 @@ class Void:
         return step > self.to_step and generation <= self.generation
 
     def undoes(self, line: Line) -> bool:
-        """Reports whether a line from before is void: that of a step, or what was decided or
-        measured at one."""
+        """Reports whether a line from before is void: a step's line, or a decision or measurement
+        made at one."""
         if line.get("event") not in _OF_STEPS:
             return False
         step = line["last"] if line.get("event") == "rollback" else line["step"]

@@ -14,7 +14,7 @@ from jobs.tokens.token_stream import TokenStream
 
 @dataclass(frozen=True)
 class Replay:
-    """The work of a replay beside its steps: whatever the run that it repeats has recorded."""
+    """The work of a replay beside its steps: all that the repeated run has recorded."""
 
     hashed: frozenset[int]  # steps after which it takes the state's hash
     validated: frozenset[int]  # steps after which it validates

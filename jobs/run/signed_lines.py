@@ -37,7 +37,7 @@ class StatedLine:
 
 def stated_line(training: dict[str, Any]) -> StatedLine:
     """Returns the line that a signed statement names. Raises `SignatureError` where it names none,
-    as that of an exported folder, or more than one."""
+    as an exported folder's does, or more than one."""
     try:
         [stated] = training["runDetails"]["byproducts"]
         name, _, number = stated["name"].rpartition(" ")

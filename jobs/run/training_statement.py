@@ -1,4 +1,4 @@
-"""States what a checkpoint was trained from, for whoever signs it."""
+"""States what a checkpoint was trained from, for its signer."""
 
 import hashlib
 from contextlib import suppress
@@ -21,9 +21,9 @@ from raymill.errors import CheckpointError
 
 
 def training_of(checkpoint: str, folder: Path, *, ledger: Ledger | None = None) -> dict[str, Any]:
-    """Returns what is stated of a checkpoint's training, by the fields of SLSA's provenance
-    (slsa.dev/spec/v1.0/provenance). Settings, data and the ledger's head are those of its run,
-    where the checkpoint lies in one.
+    """Returns the statement of a checkpoint's training, by the fields of SLSA's provenance
+    (slsa.dev/spec/v1.0/provenance). Settings, data and the ledger's head are its run's, where the
+    checkpoint lies in one.
 
     Where `ledger` has the lines that count, as not all may, its head is left out: that is to be
     compared with what was signed, and not to be signed."""

@@ -1,4 +1,4 @@
-"""Publishes stored checkpoints, records them in the ledger, and deletes those that they
+"""Publishes stored checkpoints, records them in the ledger, and deletes the checkpoints that they
 supersede."""
 
 import hashlib
@@ -101,8 +101,8 @@ class Publisher:
         return Published(metadata, state.hashes, hashlib.sha256(manifest).hexdigest())
 
     def record(self, published: Published, *, taken_at_s: float, exposed_s: float) -> None:
-        """Records a published checkpoint, and deletes those that it supersedes. Times are on the
-        monotonic clock."""
+        """Records a published checkpoint, and deletes the checkpoints that it supersedes. Times are
+        on the monotonic clock."""
         metadata = published.metadata
         name = checkpoint_name(metadata.step, metadata.generation)
         if metadata.val_loss is not None:

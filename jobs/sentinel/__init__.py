@@ -1,1 +1,1 @@
-"""Finds workers that compute wrong, and decides what becomes of them and of what they computed."""
+"""Finds workers that compute wrong, and decides the fate of these workers and of their results."""

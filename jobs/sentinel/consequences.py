@@ -146,8 +146,8 @@ class Consequences:
                 self._records.ledger.event("named", step=step, **_fields(corruption), node=node)
 
     def of_proof(self, owed: WayBack, proof: Proof, found: str) -> WayBack | None:
-        """Has the ledger say whether the weights are those that were stored. Returns how the run
-        goes back further, None where it does not."""
+        """Has the ledger say whether the weights are the stored ones. Returns how the run goes back
+        further, None where it does not."""
         if found == proof.parameter_hash:
             self._records.ledger.event("proven", **asdict(proof), attempt=self._attempt.number)
             return None

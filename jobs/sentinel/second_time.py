@@ -98,8 +98,8 @@ class Taking:
 
 
 def wrong_at_first(first: Taking, again: Taking) -> list[Corruption]:
-    """Returns who was wrong when a step was first taken: whose losses or checksums are others than
-    those that two ranks have found since."""
+    """Returns who was wrong when a step was first taken: the ranks whose losses or checksums differ
+    from what two ranks have found since."""
     corruptions: list[Corruption] = []
     for rank, right in enumerate(again.answers):
         shown, votes = first.answers[rank], (2, 1)
@@ -117,6 +117,6 @@ def wrong_at_first(first: Taking, again: Taking) -> list[Corruption]:
 
 
 def bits_of(value: float) -> int:
-    """Returns the bits of a number in float64, the same ones for whatever is none."""
+    """Returns the bits of a number in float64, the same ones for every NaN."""
     one_nan = math.nan if math.isnan(value) else value
     return int.from_bytes(struct.pack(">d", one_nan))

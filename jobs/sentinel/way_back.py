@@ -53,8 +53,8 @@ class WayBack:
 
 
 def checkpoints_of(lines: Sequence[Line], kept_steps: Iterable[int]) -> list[Proof]:
-    """Returns the step and the hash of each stored checkpoint that is not void, oldest first, but
-    that of step 0. `kept_steps` are those of the checkpoints that still exist."""
+    """Returns the step and the hash of each stored checkpoint that is not void, oldest first,
+    without step 0. `kept_steps` are the steps of the checkpoints that still exist."""
     ways_back = void(lines)
     kept = {*kept_steps}
     hashes: dict[int, str] = {}

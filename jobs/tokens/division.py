@@ -17,7 +17,8 @@ Text = tuple[Piece, ...]  # pieces of shards end to end
 
 
 class HeldOut(StrEnum):
-    """The texts that a run keeps from its training to validate on, besides those of `data.validation`."""
+    """The texts that a run keeps from its training to validate on, besides the sets of
+    `data.validation`."""
 
     DOCUMENTS = "documents"  # whole ones, the store's split `val`
     END = "end"  # of all text, whatever the store's splits are

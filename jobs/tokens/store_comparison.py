@@ -187,7 +187,7 @@ class StoreComparison:
     files: list[FileOfCorpus]
 
     def file_problems(self) -> list[str]:
-        """Compares the names and sizes of the map's files with those of the corpus."""
+        """Compares the names and sizes of the map's files with the corpus's."""
         if self.mapped is None:
             return []
         pairs = zip_longest(self.mapped.files, self.files, fillvalue=("no file", 0, ""))

@@ -65,8 +65,8 @@ class ShardChain:
             position = stop
 
     def bytes_per_token(self, num_tokens: int) -> float:
-        """Returns the bytes of text per token of the shards that hold the first `num_tokens`,
-        whatever follows them."""
+        """Returns the bytes of text per token of the shards that hold the first `num_tokens`; later
+        shards change nothing."""
         shards = [piece.shard for piece in self.pieces(0, num_tokens)]
         num_bytes = sum(shard.bytes for shard in shards)
         return num_bytes / sum(shard.tokens for shard in shards)

@@ -37,7 +37,7 @@ class IndexedStore:
         return cls(store, manifest, index, read_map(store, manifest), tokenizer)
 
     def encoded(self, text: str) -> Ids:
-        """Returns the ids of a text (N,), as those of a document without its borders."""
+        """Returns the ids of a text (N,) as a document has them, without its borders."""
         pieces = PlainEncoder(self.tokenizer).encode_pieces(cut_text(text))
         return np.fromiter(chain.from_iterable(pieces), np.uint64)
 

@@ -115,8 +115,8 @@ def _places(ranks: Sequence[int], nodes: Sequence[str]) -> str:
 
 
 def changes(before: Ledger, now: Hardware) -> list[str]:
-    """Returns a line for each respect in which rank 0 differs from that of the last attempt.
-    Respects that were not recorded then, by an earlier version, are left out."""
+    """Returns a line for each respect in which rank 0 differs from the last attempt's. Respects
+    that were not recorded then, by an earlier version, are left out."""
     starts = [start for start in before.events("start") if "hardware" in start]
     if not starts:
         return []

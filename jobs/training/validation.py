@@ -70,9 +70,9 @@ class Validator:
         self._eot_id = eot_id
 
     def validate(self, step: int, *, moves: Callable[[], None]) -> dict[str, Any]:
-        """Returns the figures of what is held out, or else of all sets together, None for what is
-        not finite. Records them with samples and the figures of each set. `moves` is called before
-        each batch."""
+        """Returns the figures of the held-out rows, or else of all sets together, None for a figure
+        that is not finite. Records them with samples and the figures of each set. `moves` is called
+        before each batch."""
         measure = partial(
             measured,
             config=self._config,

@@ -34,7 +34,8 @@ class Seats(Rounds):
         self._first = range(num_seats)
 
     def taken(self, number: int) -> set[int]:
-        """Returns the seats of a round: those of the one before, where nobody has changed them."""
+        """Returns the seats of a round: the seats of the round before, where nobody has changed
+        them."""
         if self._store.check([_key(number)]):
             return set(json.loads(self._store.get(_key(number))))
         return self._settled(number, self.taken(number - 1) if number else self._first)

@@ -60,7 +60,7 @@ class AdaptedModel(ForeignModel):
         return tensors
 
     def adopt_frozen(self, weights: Mapping[str, Tensor]) -> None:
-        """Makes the tensors themselves the frozen ones, those that are tied in all places."""
+        """Makes the tensors themselves the frozen ones, tied ones in all places."""
         for name, places in self._frozen.items():
             for module, buffer in places:
                 module.register_buffer(buffer, weights[name], persistent=False)

@@ -152,9 +152,9 @@ class ForeignModel(Decoder):
         return path
 
     def adopt(self, weights: Mapping[str, Tensor]) -> None:
-        """Makes the tensors themselves the parameters, those that are tied in all of their places,
-        and what the module freezes stays frozen; constants, such as frequencies of rotary
-        positions, go to their device."""
+        """Makes the tensors themselves the parameters, tied ones in all of their places; frozen
+        parameters of the module stay frozen; constants, such as frequencies of rotary positions, go
+        to their device."""
         places: dict[nn.Parameter, list[str]] = {}
         for path, parameter in nn.Module.named_parameters(self, remove_duplicate=False):
             places.setdefault(parameter, []).append(path)
@@ -181,7 +181,7 @@ class ForeignModel(Decoder):
                 yield name, module
 
     def initialize(self, module: nn.Module) -> None:
-        """Gives a module, and what it consists of, values by the model's own rule."""
+        """Gives a module, and its parts, values by the model's own rule."""
         with refusing(self.config, "given new weights"), torch.no_grad(), torch.device("cpu"):
             module.apply(self._rule)
 

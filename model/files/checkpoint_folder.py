@@ -52,7 +52,7 @@ class Metadata:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The metadata in raymill.json: that of a whole model says nothing of a base."""
+        """The metadata in raymill.json: a whole model's says nothing of a base."""
         fields = asdict(self)
         if self.base_hash is None:
             del fields["base"], fields["base_hash"], fields["base_source"]
@@ -102,13 +102,13 @@ def verify_checkpoint(
 
 
 def shard_of(file: str, index: int, *, count: int) -> str:
-    """Returns the name of the file with a worker's stretches of what `file` would hold whole."""
+    """Returns the name of the file with a worker's stretches of the tensors of the whole `file`."""
     return file.replace(".", f"-shard-{index + 1:05}-of-{count:05}.", 1)
 
 
 def tensor_files(whole: str, files: Collection[str]) -> list[str]:
-    """Returns the file that a checkpoint with these has its tensors in, or where it is in shards,
-    those of the file; an adapter's weights have a name of their own."""
+    """Returns the file that a checkpoint with these has its tensors in, or the files of its shards;
+    an adapter's weights have a name of their own."""
     if whole == WEIGHTS and ADAPTER_CONFIG in files:
         return [ADAPTER_WEIGHTS]
     counts = [int(match[1]) for name in files if (match := _SHARD.fullmatch(name))]

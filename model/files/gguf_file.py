@@ -1,4 +1,4 @@
-"""Writes a model as one GGUF file, the format of llama.cpp and of what is built on it.
+"""Writes a model as one GGUF file, the format of llama.cpp and of the tools built on it.
 
 The library `gguf` has the names. How weights lie in the file is llama.cpp's: matrices are
 (out, in), and where rotary positions turn neighbors instead of halves, the rows of

@@ -37,9 +37,9 @@ class OtherShapeError(UnsupportedModelError):
 
 
 def config_to_hf(config: Shape, *, start_id: int, end_ids: list[int]) -> dict[str, Any]:
-    """Returns the content of config.json; `end_ids` end what is generated. That of a model of
-    transformers is what it was, with the module's name, the tokenizer's ids and the type in which
-    weights are stored."""
+    """Returns the content of config.json; `end_ids` end an answer. A model of transformers keeps
+    its own content, with the module's name, the tokenizer's ids and the type in which weights are
+    stored."""
     ends = end_ids[0] if len(end_ids) == 1 else end_ids
     match config:
         case GPTConfig():
@@ -204,7 +204,7 @@ def _why_not_own(values: dict[str, Any]) -> str:
 
 
 def shape_from_hf(values: dict[str, Any]) -> Shape:
-    """Returns the shape of any config.json: `GPTConfig` where `GPT` computes it, else that of
+    """Returns the shape of any config.json: `GPTConfig` where `GPT` computes it, else the shape of
     transformers' module. Raises `UnsupportedModelError` or `ForeignModelError`."""
     if values.get("model_type") not in list(ARCHITECTURES):
         return ForeignConfig.of(values)
@@ -227,8 +227,8 @@ def linear_layer_names(folder: Path) -> tuple[str, ...]:
 
 
 def read_shape(folder: Path) -> Shape:
-    """Returns the shape of the model in a folder, as `shape_from_hf` does; with an adapter, that of
-    transformers' module for it."""
+    """Returns the shape of the model in a folder, as `shape_from_hf` does; with an adapter, the
+    shape of transformers' module for it."""
     values = read_json(folder / "config.json")
     if not StoredModel(folder).is_adapter:
         return shape_from_hf(values)

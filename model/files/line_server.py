@@ -21,7 +21,8 @@ def own_arguments() -> dict[str, Any]:
 
 
 class LineServer:
-    """Sends lines to the process that has started this one, and answers those that come from it."""
+    """Sends lines to the process that has started this one, and answers the lines that come from
+    it."""
 
     def __init__(
         self, descriptor: int, *, niceness: int = 0, limits: Mapping[int, int] | None = None

@@ -9,7 +9,7 @@ from model.tables import read_table
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by NVIDIA's data sheets. 1 GB is 1e9 bytes; link speeds are those of one direction.
+    """A GPU by NVIDIA's data sheets. 1 GB is 1e9 bytes; link speeds are for one direction.
 
     The peak is that of dense 16-bit matrices, without the sheets' factor 2 for sparsity: bf16, or
     fp16 on V100 and T4, which have no bf16. The network speed is a GPU's share of the links between

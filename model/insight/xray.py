@@ -176,8 +176,8 @@ def run_query(
     clock: Clock = time.monotonic,
 ) -> Query:
     """Prefills, then samples and decodes up to `max_tokens` times; `eos_id`, when drawn, is the
-    last token. The tokens are those of `generate`. The caller has checked that all of them fit into
-    the context.
+    last token. The tokens are the same as from `generate`. The caller has checked that all of them
+    fit into the context.
 
     Raises `FloatingPointError` when the logits are not finite numbers.
     """

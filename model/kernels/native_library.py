@@ -70,7 +70,7 @@ class NoNativeLibraryError(UserError):
 
 
 def load_library() -> ctypes.CDLL:
-    """Loads the kernels. Raises `NoNativeLibraryError` whatever prevents it."""
+    """Loads the kernels. Raises `NoNativeLibraryError` for any reason that prevents it."""
     if missing := TARGETS.get(platform.machine(), {}).get(_march(), frozenset()) - cpu_features():
         raise NoNativeLibraryError(
             f"{MARCH_VARIABLE}={_march()}, but this processor has no {' '.join(sorted(missing))}"
@@ -171,7 +171,7 @@ def _digest(march: str, *more: bytes) -> str:
 
 
 def sources_hash() -> str:
-    """Returns the hash of the kernels' sources, which decide the bits of what is portable."""
+    """Returns the hash of the kernels' sources, which decide the bits of portable results."""
     return hashlib.sha256(b"".join(_contents())).hexdigest()[:16]
 
 

@@ -68,7 +68,7 @@ def orthogonalized(matrix: "Tensor") -> "Tensor":
 
 
 def power(base: float, exponent: int) -> float:
-    """Returns a power by products in one order: those of C libraries differ."""
+    """Returns a power by products in one order: the powers of C libraries differ."""
     result = 1.0
     for digit in f"{exponent:b}":
         result *= result * base if digit == "1" else result
@@ -88,5 +88,5 @@ def square_sums(values: "Tensor") -> "Tensor":
 
 
 def norm_of(block_sums: "Tensor") -> float:
-    """Returns the Euclidean norm: the sum of the blocks' is exact, whatever their order."""
+    """Returns the Euclidean norm: the sum over blocks is exact, in any order."""
     return math.sqrt(math.fsum(block_sums.tolist()))

@@ -1,7 +1,6 @@
 """Defines the receipt of an answer: a signed Statement that names the request, the weights, the
 engine and the whole answer by their hashes. The same request to the same weights has the same
-answer again, so whoever has both can check it.
-"""
+answer again, so anybody who has both can check it."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Signs a checkpoint's folder, and tells whether whoever had a key signed it, by OpenSSF's model
+"""Signs a checkpoint's folder, and tells whether the holder of a key signed it, by OpenSSF's model
 signing (github.com/sigstore/model-transparency).
 
     model.sig      all files of the folder; `model_signing verify` accepts it too
@@ -47,7 +47,7 @@ class SignatureError(CheckpointError):
 
 
 class FloorError(SignatureError):
-    """The checkpoint is signed, and older than those that are asked for."""
+    """The checkpoint is signed, and older than the oldest that is accepted."""
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def statement_in(folder: Path) -> dict[str, Any] | None:
 
 
 def predicate_in(bundle: bytes) -> dict[str, Any]:
-    """Returns what a bundle states of a training, whoever signed it. Raises `SignatureError` for
+    """Returns the training that a bundle states, for any signer. Raises `SignatureError` for
     another file."""
     try:
         payload = json.loads(base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"]))

@@ -146,8 +146,8 @@ class Chat:
         return self._ids(text)
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Returns the ids up to the end of the last answer, and which of them the loss counts:
-        those of answers, with the token that ends each. Raises `ChatError`, also where the text of
+        """Returns the ids up to the end of the last answer, and which of them the loss counts: the
+        ids of answers, with the token that ends each. Raises `ChatError`, also where the text of
         earlier turns depends on later ones."""
         messages = self._escaped([*messages])
         ids: list[int] = []

@@ -39,7 +39,7 @@ def learning_rate(
 
 def portable_cosine(angle: float) -> float:
     """Returns the cosine of an angle in 0 … π with the same bits everywhere, which C libraries do
-    not have: the Taylor series of the sine of what is missing to a right angle."""
+    not give: the Taylor series of the sine of the complement to a right angle."""
     missing = math.pi / 2 - angle
     series = 1.0
     for k in range(11, 0, -1):

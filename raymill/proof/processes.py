@@ -1,5 +1,6 @@
-"""The worker processes of a training: starts those of a stint, waits for them, and starts fewer after
-one was killed. This module does not import PyTorch; a server of forks does that once."""
+"""The worker processes of a training: starts the workers of a stint, waits for them, and starts
+fewer after one was killed. This module does not import PyTorch; a server of forks does that
+once."""
 
 import multiprocessing
 import os

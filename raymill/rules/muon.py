@@ -92,8 +92,8 @@ class Muon:
 
 
 def scale_of(shape: Sequence[int]) -> float:
-    """Returns the factor of an orthogonal matrix (m, n) with which its root mean square is that of
-    AdamW's update."""
+    """Returns the factor that gives an orthogonal matrix (m, n) the root mean square of AdamW's
+    update."""
     return _RMS_OF_ADAMW * sqrt(max(shape))
 
 

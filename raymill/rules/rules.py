@@ -8,8 +8,7 @@ from raymill.rules.update_rule import Unit, UpdateRule
 
 
 def matrices_of(rule: UpdateRule, hidden: Mapping[str, HiddenMatrix]) -> Mapping[str, HiddenMatrix]:
-    """Returns those of a model's hidden matrices, by name, of which a rank must own all or
-    nothing."""
+    """Returns the hidden matrices of a model, by name, of which a rank must own all or nothing."""
     match rule.unit:
         case Unit.VALUE:
             return {}
@@ -28,7 +27,7 @@ def matrix_costs(rule: UpdateRule, hidden: Mapping[str, HiddenMatrix]) -> dict[s
 
 
 def vectors_of(rule: UpdateRule, matrix: HiddenMatrix | None) -> tuple[str, ...]:
-    """Returns the names of what the rule keeps for the values of a parameter."""
+    """Returns the names of the vectors that the rule keeps for a parameter."""
     return rule.vectors if matrix is None else rule.matrix_vectors
 
 

@@ -23,7 +23,7 @@ class Unit(Enum):
 @dataclass(frozen=True, slots=True)
 class Stretch:
     """Neighboring values of the flat buffers, as views (n,), which are updated alike. For a rule
-    whose unit is a matrix, those of a hidden matrix are one stretch."""
+    whose unit is a matrix, all values of a hidden matrix are one stretch."""
 
     values: "Tensor"
     gradient: "Tensor"

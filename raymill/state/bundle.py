@@ -57,8 +57,8 @@ class Bundle:
         return self._parts[peer]
 
     def packed_places(self, span: Span) -> Iterator[tuple[Span, Span]]:
-        """Yields where values lie in a flat buffer, and where among the packed ones: those of a
-        span of whole blocks that lie in these buckets."""
+        """Yields where values lie in a flat buffer, and where among the packed ones: the values of
+        a span of whole blocks that lie in these buckets."""
         overlap = self.span & span
         if self._is_in_order and not overlap.is_empty:
             yield overlap, overlap.shifted(-self.span.start)

@@ -56,8 +56,8 @@ class FlatLayout:
         cls, shapes: Mapping[str, Sequence[int]], *, matrix_costs: Mapping[str, float] | None = None
     ) -> "FlatLayout":
         """Lays out parameters by name and shape, given in the model's order
-        (`model.shapes.parameter_shapes`). No part cuts those that have a cost, by which they are
-        divided among ranks."""
+        (`model.shapes.parameter_shapes`). No part cuts a parameter that has a cost, by which they
+        are divided among ranks."""
         costs = matrix_costs or {}
         backward_order = [*shapes.items()][::-1]
         # Matrices and embeddings decay; biases and LayerNorms, which are vectors, do not (GPT-3,
@@ -180,7 +180,7 @@ class FlatLayout:
 
     def stretches(self, span: Span) -> Iterator[tuple[str | None, Span]]:
         """Yields the places in a span that are updated together: of each matrix that no part cuts,
-        with its name, and of what lies between them."""
+        with its name, and of the values between them."""
         start = span.start
         for name, matrix in self.matrices.items():
             if not matrix.blocks.meets(span):

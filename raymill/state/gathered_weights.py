@@ -124,8 +124,7 @@ class _Rest:
         self._parameters: list[tuple[Span, Tensor]] = []
 
     def add(self, place: Span, parameter: Tensor) -> None:
-        """Makes a parameter, whose place in the flat layout is given, one of those that are views
-        of the memory."""
+        """Makes a parameter, whose place in the flat layout is given, a view of the memory."""
         self._parameters.append((self.home.place_of(place), parameter))
 
     def view(self, place: Span) -> Tensor:

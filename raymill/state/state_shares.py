@@ -41,12 +41,13 @@ class StateShares:
         return share
 
     def own_spans(self, name: str) -> PackedSpans:
-        """Returns the `spans` of what this rank has to store, where the state is sharded or not."""
+        """Returns the `spans` of this rank's share to store, whether the state is sharded or
+        not."""
         sharding = self._state.sharding
         return self.spans(name, sharding.place, world_size=sharding.num_holders)
 
     def own_views(self) -> dict[str, list[Tensor]]:
-        """Returns the `views` of what this rank has to store."""
+        """Returns the `views` of this rank's share to store."""
         sharding = self._state.sharding
         return self.views(sharding.place, world_size=sharding.num_holders)
 

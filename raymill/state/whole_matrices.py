@@ -1,5 +1,5 @@
-"""Divides neighboring matrices among ranks, each of which owns whole ones: those of a bucket lie in
-the order of their owners.
+"""Divides neighboring matrices among ranks, each of which owns whole ones: the matrices of a bucket
+lie in the order of their owners.
 
     bucket     q k v | o | fc | proj       of four ranks, which have none so far
     parts      0       1   2    3

@@ -1,4 +1,4 @@
-"""Sums the gradients of a step's lanes over all ranks, whatever a lane computes."""
+"""Sums the gradients of a step's lanes over all ranks, for any computation of a lane."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,7 +100,7 @@ class BatchSum:
         *,
         observers: Sequence[StepObserver],
     ) -> Iterator[None]:
-        """Lasts for the passes of a turn whose gradients only the observers want: those of these
+        """Lasts for the passes of a turn whose gradients only the observers want: the turn of these
         micro-batches."""
         with self._sums.again(plan, numbers, observers), self._side_work.timed_by(timer):
             yield

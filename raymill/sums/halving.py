@@ -1,5 +1,5 @@
-"""Finishes sums of gradients among peers by halving: in each message a peer sends half of what it
-has, and adds what it gets to the other half.
+"""Finishes sums of gradients among peers by halving: in each message a peer sends half of its
+values, and adds the half that it gets to the other half.
 
 Who swaps with whom is decided by `teams`, and where halves lie by `state/division`. Every message and
 addition is in place, in the buffers that have the subtrees' sums.

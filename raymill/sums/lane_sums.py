@@ -26,8 +26,8 @@ from raymill.sums.step_plan import StepPlan
 
 class FinalBuckets:
     """Counts the gradients that a backward pass has finished, and calls `on_final` with each bucket
-    whose gradients are all finished: in the order of buckets, the same on every rank, whatever
-    order backward takes."""
+    whose gradients are all finished: in the order of buckets, the same on every rank, in whatever
+    order backward takes them."""
 
     def __init__(self, layout: FlatLayout, on_final: Callable[[int], None]) -> None:
         self._on_final = on_final

@@ -107,8 +107,8 @@ class StepTotals:
         )
 
     def losses(self) -> list[list[float]]:
-        """Returns those of the last batch, before they are scaled: by rank, in the order of its
-        counted micro-batches, with zeros where others have more."""
+        """Returns the losses of the last batch, before they are scaled: by rank, in the order of
+        its counted micro-batches, with zeros where others have more."""
         losses: list[list[float]] = self._figures[..., 0].tolist()
         return losses
 

@@ -105,8 +105,8 @@ class TeamPlan:
 
     @cached_property
     def unfinished(self) -> dict[int, range]:
-        """By their numbers, the roots whose sums the owners of the parts have to finish: all but
-        those of which each peer has its part, in the buffer of the root's number."""
+        """By their numbers, the roots whose sums the owners of the parts have to finish: all roots
+        but the ones of which each peer has its part, in the buffer of the root's number."""
         roots: dict[int, range] = {}
         for number, (root, teams) in enumerate(self.left_over.items()):
             finished = [Member(peer, number) for peer in order_of_parts(self.num_peers)]

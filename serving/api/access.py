@@ -51,8 +51,8 @@ class AccessRules:
 
 
 def read_rules(config: ServeConfig) -> AccessRules:
-    """Reads the key files, and creates those that are missing. Raises `UserError` for a file
-    without a key, and for a key that is in both."""
+    """Reads the key files, and creates missing ones. Raises `UserError` for a file without a key,
+    and for a key that is in both."""
     files = [Path(file) if file else None for file in (config.api_key_file, config.admin_key_file)]
     for file in filter(None, files):
         make_key_file(file)

@@ -96,8 +96,8 @@ def add_admin_routes(app: FastAPI, follower: Follower) -> None:
     @app.post("/admin/drain")
     @declares(_ORDER)
     async def drain(request: Request) -> dict[str, Any]:
-        """Makes every replica refuse new completions and finish those that run; `{"drain": false}`
-        ends that."""
+        """Makes every replica refuse new completions and finish the running ones, until it is
+        called with `{"drain": false}`."""
         asked = await read_request(request, DrainRequest)
         return await obey(request, "drain", asked, _asked(coordinator.drain.remote(asked.drain)))
 

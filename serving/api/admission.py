@@ -210,8 +210,8 @@ def refuse_when_full(
     engine: EngineClient, num_sequences: int, config: ServeConfig, *, key: str
 ) -> None:
     """Raises `ApiError` (429) if there is no room for as many more sequences, or only after too
-    long a wait. What they would pass in the queue takes no room from them: a key that fills the
-    queue fills it for itself."""
+    long a wait. The sequences that they would pass in the queue take no room from them: a key that
+    fills the queue fills it for itself."""
     num_requests, num_others, wait_s = engine.ahead(key)
     max_requests = config.max_ongoing_requests
     max_sequences = engine.facts.max_num_seqs + config.engine.waiting_room

@@ -1,4 +1,4 @@
-"""The routes that ask the model, beside those of FastAPI.
+"""The routes that ask the model, beside FastAPI's.
 
 FastAPI and Starlette have nine layers around a route, for parameters, dependencies and contexts
 that these routes do not have: a tenth of what a short answer takes.
@@ -23,8 +23,8 @@ Answering = Callable[[Request], Awaitable[Response]]
 
 
 class AskedRoutes:
-    """An application's routes. Those that are added here are answered at once if they are asked by
-    POST; the application, which knows them too, answers for all else."""
+    """An application's routes. The routes that are added here are answered at once if they are
+    asked by POST; the application, which knows them too, answers for all else."""
 
     def __init__(self, app: FastAPI, limits: KeyLimits) -> None:
         self._app = app

@@ -158,8 +158,8 @@ class ChatRequest(GenerationRequest, ToolFields, TemplateFields):
 
     @property
     def calls_by_grammar(self) -> bool:
-        """Whether calls follow their schemas: those that are required, and all where text follows
-        one."""
+        """Whether calls follow their schemas: required calls do, and all calls where text follows a
+        schema."""
         return bool(self.forced) or bool(self.offered and self.read_grammar() is not None)
 
     @property

@@ -134,8 +134,8 @@ class Completion:
     async def stream_to(
         self, write: Callable[[bytes], None], *, on_first: OnFirst | None = None
     ) -> None:
-        """Writes server-sent events, together those that the engine reports together. A failure is
-        an event too. Awaits `on_first` after the first write. Raises what both do."""
+        """Writes server-sent events, together if the engine reports them together. A failure is an
+        event too. Awaits `on_first` after the first write. Raises the errors of both."""
 
         def send(parts: Iterator[ChoicePart | Texts]) -> None:
             sent = b""

@@ -69,8 +69,8 @@ def all_routes(
     *,
     others: Iterable["AddRoutes"],
 ) -> tuple[FastAPI, AskedRoutes]:
-    """Returns an application with all routes, and those that ask the model. `others` add theirs,
-    and are called last."""
+    """Returns an application with all routes, and the routes that ask the model. `others` add
+    theirs, and are called last."""
     config = versions.config
     # Interactive documentation and a schema would show strangers what this endpoint can do.
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

@@ -44,8 +44,7 @@ class KeyMetrics:
         return self._by_name[name]
 
     def keep(self, names: Collection[str]) -> None:
-        """Begins the series of these names, as rates need a first value, and ends those of all
-        others."""
+        """Begins the series of these names, as rates need a first value, and ends all others."""
         for name in names:
             self.of(name)
         for name in self._by_name.keys() - set(names):

@@ -1,4 +1,4 @@
-"""A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and those of vLLM itself
+"""A replica's metrics, under vLLM's names, so that vLLM's dashboards work, and vLLM's own metrics
 beside them."""
 
 import time
@@ -118,7 +118,7 @@ def _plays(versions: Versions, version: str, role: Role) -> bool:
 
 
 class EngineMetrics(Collector):
-    """The live engine's own metrics, which only vLLM has, as of the collection before. Those that
+    """The live engine's own metrics, which only vLLM has, as of the collection before. Metrics that
     the replica counts itself are left out: they are sequences here, and requests in vLLM, whose
     requests are sequences."""
 

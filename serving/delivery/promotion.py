@@ -182,8 +182,8 @@ class Delivery(PromotionRecord):
     @property
     def withdrawn(self) -> frozenset[str]:
         """The weights, as `Version.version`, that the last promotions refused or that were rolled
-        back: nobody is shown what nobody may be served. Those that were promoted since, or are live
-        after all, are not among them."""
+        back: nobody is shown what nobody may be served. Weights that were promoted since, or are
+        live after all, are not among them."""
         # The newest of each
         results = {outcome.version.version: outcome.result for outcome in self.history}
         kept = {version for version, result in results.items() if result == "promoted"}

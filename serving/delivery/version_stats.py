@@ -50,9 +50,9 @@ def step_size(num_sequences: int) -> int:
 
 
 def step_times_at_like_load(new: VersionStats, old: VersionStats) -> tuple[float, float] | None:
-    """Returns the seconds of the new version's mean step, and those that the old one takes for the
-    same mixture of sizes. Prompts that are read, and more sequences at a time, make any version
-    slower. Returns None before each has made enough steps of sizes that the other has made too."""
+    """Returns the seconds of the new version's mean step, and the old one's for the same mixture of
+    sizes. Prompts that are read, and more sequences at a time, make any version slower. Returns
+    None before each has made enough steps of sizes that the other has made too."""
     num_steps, new_s, old_s = 0, 0.0, 0.0
     for size, times in new.steps.items():
         before = old.steps.get(size)

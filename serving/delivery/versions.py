@@ -68,7 +68,7 @@ class Slot:
 
 class Versions:
     """All versions of one line on one replica: of the model itself, or of an adapter by its name.
-    Those of the model have those of the `adapters`. All methods run in one event loop."""
+    The model's line has the lines of the `adapters`. All methods run in one event loop."""
 
     def __init__(
         self,
@@ -100,8 +100,8 @@ class Versions:
         self._reconcile()
 
     async def wait_until_live(self) -> None:
-        """Returns when the live version answers, and that of each adapter. Raises `RuntimeError` if
-        one cannot be loaded."""
+        """Returns when the live version answers, and each adapter's. Raises `RuntimeError` if one
+        cannot be loaded."""
         # What is live may change meanwhile
         while not (live := self._slots[self.delivery.live.serial]).usable:
             await asyncio.shield(live.loading)
@@ -117,7 +117,8 @@ class Versions:
         return {MODEL: self, **self.adapters}
 
     def line_of(self, model: str | None) -> "Versions":
-        """Returns the versions of the adapter of that name, or else those of the model itself."""
+        """Returns the versions of the adapter of that name, or else the versions of the model
+        itself."""
         adapter = self.adapters.get(model or MODEL)
         return adapter if adapter is not None and adapter._loaded else self
 
@@ -155,8 +156,8 @@ class Versions:
 
     @property
     def by_hash(self) -> dict[str, LoadedVersion]:
-        """The versions that a request may ask for by their hash: those that answer clients now, and
-        the one that would return."""
+        """The versions that a request may ask for by their hash: the ones that answer clients now,
+        and the one that would return."""
         usable = (
             self._slots[v.serial].usable for v in self.delivery.serving if v.serial in self._slots
         )

@@ -31,8 +31,8 @@ PROMPT_LOGPROBS_CHUNK_TOKENS = 128  # 128 x 50,257 logits are 26 MB
 
 
 class Engine:
-    """Generates the same tokens for a sequence as `model.generation.generate`, whatever else shares
-    its steps."""
+    """Generates the same tokens for a sequence as `model.generation.generate`, beside any other
+    sequences in its steps."""
 
     def __init__(
         self, runner: Runner, scheduler: Scheduler, *, grammars: GrammarCache | None = None

@@ -65,9 +65,9 @@ class Pass(ctypes.Structure):
 
 
 class NativeRunner:
-    """The `Runner` of the CPU kernels. Sums are fp32 whatever the weights are, and have one order: a
-    sequence has the same bits on every processor, unless bf16 is multiplied by instructions of its
-    own.
+    """The `Runner` of the CPU kernels. Sums are fp32 for all types of weights, and have one order:
+    a sequence has the same bits on every processor, unless bf16 is multiplied by instructions of
+    its own.
 
     int8 quantizes each column of a weight and each row of inputs in 255 steps of its own size
     ("vector-wise quantization", Dettmers et al., 2022); keys and values are bf16.

@@ -71,7 +71,7 @@ def sampling_arguments(sampling: SamplingParams) -> dict[str, Any]:
 def spare_generators(worker: Any) -> None:
     """Runs in each worker on CPUs: a sequence that has not read all of its tokens draws without the
     generator of its seed. vLLM 0.32 throws that draw away and then turns the generator back, which
-    those of CPUs refuse, so that its process would end."""
+    CPU generators refuse, so that its process would end."""
     runner = worker.model_runner
     sample_tokens = runner.sample_tokens
 
@@ -94,7 +94,7 @@ class Starts:
         self._known: set[int] = set()
 
     def fresh(self, seq_ids: Iterable[int]) -> list[int]:
-        """Returns those that start for the first time."""
+        """Returns the sequences that start for the first time."""
         fresh = [seq_id for seq_id in seq_ids if seq_id not in self._known]
         self._known.update(fresh)
         return fresh

@@ -10,8 +10,8 @@ Item = TypeVar("Item")
 
 
 class Held(NamedTuple, Generic[Item]):
-    """An item and its turn. Turns are counted in costs: those of what its key has asked for before
-    it, or those that the busiest keys had been given when it came, whichever are more."""
+    """An item and its turn. Turns are counted in costs: the cost of all that its key has asked for
+    before it, or the most that any key had been given when it came, whichever is more."""
 
     turn: int
     number: int

@@ -100,7 +100,7 @@ class Generation:
             self._take = None
 
     def flush(self) -> None:
-        """Gives whoever waits for them the events that have arrived."""
+        """Gives the waiting task the events that have arrived."""
         if self._take is None or self._all_handed.done():
             if self._news is not None and not self._news.done():
                 self._news.set_result(None)
@@ -145,7 +145,7 @@ class Generation:
             self.begun_s = now_s
 
     def put_death(self, death: Exception) -> None:
-        """Ends it after the events that it has: whoever waits gets the exception."""
+        """Ends it after the events that it has: the waiting task gets the exception."""
         self._death = death
         self.begin(time.monotonic())
         self.flush()

@@ -46,8 +46,8 @@ def parse_message(line: bytes) -> StepReport | Admission | list[MetricFamily]:
 
 def parse_report(line: bytes) -> StepReport:
     """Returns the report of steps. One whose events have tokens and ends alone, as nearly all, is
-    checked at a fifth of what pydantic takes for it. Raises `ValidationError`, or another
-    `ValueError` for what is no JSON."""
+    checked in a fifth of pydantic's time. Raises `ValidationError`, or another `ValueError` for
+    text that is no JSON."""
     match _loaded(line):
         case [[*tokens], *figures, [*steps_s]] if len(figures) == _NUM_FIGURES:
             are_numbers = {*map(type, chain(figures, steps_s))} <= {int, float}

@@ -76,8 +76,8 @@ class Channel:
         self._sent_s = 0.0
 
     def send(self, message: Any, *, at_once: bool = True) -> None:
-        """Sends a message after those that are held, or else holds it too, for `HELD_S` at most if
-        others follow. Reports of steps that are alike become one."""
+        """Sends a message after the held ones, or else holds it too, for `HELD_S` at most if others
+        follow. Reports of steps that are alike become one."""
         match self._held, message:
             case [*_, StepReport() as last], StepReport() if message.is_like(last):
                 self._held[-1] = message.after(last)

@@ -64,8 +64,8 @@ class SequenceQueue:
         self._reading_since_s = now_s if self.unread else None
 
     def wait_s(self, passed: Collection[int] = ()) -> float:
-        """Returns the expected wait of a sequence that passes some of those that wait; 0 as long as
-        nothing is known."""
+        """Returns the expected wait of a sequence that passes some of the waiting ones; 0 as long
+        as nothing is known."""
         if not self.unread and len(self._first_s) < self.num_places:
             return 0.0
         num_unread = sum(self.unread.values()) - sum(self.unread[seq_id] for seq_id in passed)

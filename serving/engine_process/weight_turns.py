@@ -30,7 +30,7 @@ Stamp = tuple[str, int, int, int]  # a file's name, inode, size and time of chan
 
 
 class WeightTurns:
-    """The engine's interface, for sequences of several versions. Weights 0 are those that it was
+    """The engine's interface, for sequences of several versions. Weights 0 are the ones that it was
     started with."""
 
     def __init__(

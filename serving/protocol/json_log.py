@@ -81,7 +81,7 @@ class _Keeper(logging.Filter):
 
 
 def log_in(log_format: LogFormat | None, process: Process, *, replica: str | None = None) -> None:
-    """Has this process, and those that it starts, log in a format; None leaves it to the
+    """Has this process, and the processes that it starts, log in a format; None leaves it to the
     environment. Text is what Ray and Python write by themselves."""
     if log_format is not None:
         os.environ[FORMAT_VARIABLE] = log_format

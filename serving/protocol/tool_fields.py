@@ -64,7 +64,7 @@ _CHOICES: dict[str, type[Request]] = {"function": NamedTool, "allowed_tools": So
 
 
 def read_choice(value: Any, choices: Mapping[str, type[Request]], *, shapes: str) -> Any:
-    """Returns a choice of tools, of which those that are objects have one of these types. Raises
+    """Returns a choice of tools; a choice that is an object has one of these types. Raises
     `ApiError` (400) in words, as several types would each say what they miss."""
     if value is None or isinstance(value, Request) or value in ("auto", "none", "required"):
         return value

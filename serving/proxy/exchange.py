@@ -221,7 +221,7 @@ class HttpExchange:
 
 
 def for_clients(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Returns an answer's headers without those that only proxies read."""
+    """Returns an answer's headers without the ones that only proxies read."""
     return [(name, value) for name, value in headers if name not in INTERNAL_HEADERS]
 
 

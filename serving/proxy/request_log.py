@@ -57,7 +57,7 @@ class RequestLog:
         self._writing: asyncio.Task[None] | None = None
 
     def add(self, **fields: Any) -> None:
-        """Takes a request's fields; those that are missing are null."""
+        """Takes a request's fields; missing ones are null."""
         if len(self._lines) >= MAX_WAITING_LINES:
             self._num_dropped += 1
             return

@@ -22,7 +22,7 @@ Status = Literal["in_progress", "completed", "incomplete", "failed"]
 
 
 class ResponseAnswer(ChatAnswer):
-    """One response. The items of a whole one are those that its stream tells."""
+    """One response. A whole one has the items that its stream tells."""
 
     PROMPT_FIELD = "input"
 

@@ -45,7 +45,7 @@ def _named(kind: Any) -> str:
 
 
 class Item(Request):
-    """The base of items, and of what a response says about functions: null counts as missing."""
+    """The base of items, and of a response's fields about functions: null counts as missing."""
 
     @model_validator(mode="before")
     @classmethod

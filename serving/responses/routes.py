@@ -18,7 +18,8 @@ from serving.responses.words import in_words_of_responses
 
 
 def add_response_routes(app: FastAPI, asked: AskedRoutes, service: CompletionService) -> None:
-    """Adds the route that answers as a chat does, and those of what would be stored elsewhere."""
+    """Adds the route that answers as a chat does, and the routes of stored responses, which are
+    refused."""
 
     async def respond(request: Request) -> Response:
         parsed = await read_request(request, ResponseRequest)

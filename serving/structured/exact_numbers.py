@@ -27,7 +27,7 @@ _INWARD = {"exclusiveMinimum": -LARGEST, "exclusiveMaximum": LARGEST}
 @dataclass(frozen=True)
 class Zone:
     """The whole numbers from `low` to `high`, all as long and without their sign, of which an
-    answer may have those of `allowed` only. It has numbers outside too that begin alike."""
+    answer may have only the `allowed` ones. It has numbers outside too that begin alike."""
 
     low: int
     high: int

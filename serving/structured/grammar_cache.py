@@ -1,5 +1,4 @@
-"""Compiles the grammars of an engine in a thread beside its steps, and keeps those that were used
-last."""
+"""Compiles the grammars of an engine in a thread beside its steps, and keeps the last used ones."""
 
 import threading
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Leaves of an answer's whole numbers beyond 2^53 those that its schema has, near which the
+"""Keeps an answer's whole numbers beyond 2^53 to the ones that its schema has, near which the
 compiled grammar allows others (see `exact_numbers`).
 
 It goes by the digits that stand in a row in the answer's text, wherever that is. So near a constant
@@ -96,7 +96,8 @@ class NumberMask:
         self._row = ""  # of digits that the answer ends with
 
     def leave(self, allowed: NDArray[np.bool_]) -> None:
-        """Removes from the tokens (V,) that may come next those that lead to other numbers."""
+        """Removes, from the tokens (V,) that may come next, the tokens that lead to other
+        numbers."""
         row = self._row
         if not row or self._near.may_begin(row):
             at_least = max(1, NUM_SHARED + 1 - len(row))

@@ -149,7 +149,7 @@ class Checker:
 
 
 def with_stack(num_bytes: int, work: Callable[[], Any]) -> None:
-    """Does some work on a stack of that size, whatever this process's limit is."""
+    """Does some work on a stack of that size, beyond this process's own limit if need be."""
     threading.stack_size(num_bytes)
     thread = threading.Thread(target=work)
     thread.start()

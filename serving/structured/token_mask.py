@@ -12,8 +12,8 @@ from serving.structured.compiled_grammar import CompiledGrammar
 
 
 class TokenMask:
-    """The state of one answer. It follows from the grammar and the answer's tokens alone, whatever
-    shares their steps."""
+    """The state of one answer. It follows from the grammar and the answer's tokens alone, not from
+    other answers in their steps."""
 
     def __init__(
         self, compiled: CompiledGrammar, *, stop_ids: Collection[int], vocab_size: int

@@ -56,8 +56,8 @@ class _TokenWords:
 
 
 def vocabulary_of(folder: Path) -> Vocabulary:
-    """Returns that of a checkpoint with a tokenizer. Raises `UserError`, and `GrammarError` as
-    `Vocabulary`."""
+    """Returns the vocabulary of a checkpoint with a tokenizer. Raises `UserError`, and
+    `GrammarError` as `Vocabulary`."""
     tokenizer = load_tokenizer(folder)
     assert tokenizer is not None, "the replica has read it too"
     return Vocabulary(tokenizer)

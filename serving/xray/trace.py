@@ -66,7 +66,7 @@ def card() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Traced:
-    """A checkpoint, and the index of what it was trained on."""
+    """A checkpoint, and the index of its training tokens."""
 
     checkpoint: str  # URI
     metadata: Metadata

@@ -87,8 +87,8 @@ def run_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def shown_checkpoints(folder: Path, withdrawn: Collection[str]) -> dict[int, Path]:
-    """Returns those of `run_checkpoints` that do not have the weights of a version that was refused
-    or rolled back."""
+    """Returns the `run_checkpoints` without the weights of a version that was refused or rolled
+    back."""
     return {
         step: path
         for step, path in run_checkpoints(folder).items()

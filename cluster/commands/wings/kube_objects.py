@@ -104,8 +104,8 @@ def _leftovers(api: "KubeApi", everything: list[kube.Object]) -> list[kube.Objec
 
 
 def scale(arguments: Arguments) -> Result:
-    """Changes the object, for its later clusters, and those that run, to which KubeRay passes no
-    new bounds."""
+    """Changes the object, for its later clusters, and the running clusters, to which KubeRay passes
+    no new bounds."""
     api = _api(arguments[NAMESPACE])
     manifest = _find(api, arguments[KUBE_OBJECT])
     if kube.has_ended(manifest):

@@ -49,8 +49,7 @@ def words_of(values: Tensor) -> Tensor:
 
 
 def checksums_of_state(state: TrainState) -> tuple[Tensor, Tensor]:
-    """Returns the checksums of what a rank holds of the weights, and of the update rule's
-    vectors."""
+    """Returns the checksums of a rank's part of the weights, and of the update rule's vectors."""
     values = _checksum_of_kept(state, "values", state.values)
     vectors = torch.zeros_like(values)
     for number, (name, flat) in enumerate(state.vectors.items()):
@@ -79,8 +78,8 @@ class TurnChecksum(StepObserver):
 
 
 def checksum_of_turns(turns: Sequence[Tensor], losses: Sequence[Tensor]) -> Tensor:
-    """Returns the checksum (), int64, of some turns, from those of their gradients and the losses
-    of their micro-batches."""
+    """Returns the checksum (), int64, of some turns, from the checksums of their gradients and the
+    losses of their micro-batches."""
     total = _LOSSES * checksum(torch.stack([*losses]), start=0, one_nan=True)
     for number, turn in enumerate(turns):
         total = total + (2 * number + 1) * turn

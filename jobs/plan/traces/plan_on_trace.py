@@ -83,8 +83,8 @@ def usable_workers(
 def held_worker_s(
     config: RunConfig, trace: SpotTrace, workers_per_node: int, *, until_s: float
 ) -> float:
-    """Returns the seconds of all workers' devices that are held until then, also of those that
-    wait for others; nodes beyond scaling.max_workers are not hired."""
+    """Returns the seconds of all workers' devices that are held until then, also while they wait
+    for others; nodes beyond scaling.max_workers are not hired."""
     held_s = 0.0
     for start, end, nodes in trace.intervals():
         held = min(nodes * workers_per_node, config.scaling.max_workers)

@@ -104,8 +104,8 @@ def _row_text(worst: WorstRow) -> str:
 
 
 def worst_rows(explanation: Explanation) -> list[dict[str, Any]]:
-    """Returns a table of the worst rows: of each its own figures, then those of the step without it,
-    without its lane, and without all rows of its document if there are more."""
+    """Returns a table of the worst rows: of each its own figures, then the figures of the step
+    without it, without its lane, and without all rows of its document if there are more."""
     table: list[dict[str, Any]] = []
     for worst in explanation.worst:
         names = ", ".join(dict.fromkeys(document.name for document in worst.documents))

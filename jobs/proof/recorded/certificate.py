@@ -99,7 +99,7 @@ class ForgettingRecords:
 
     @property
     def own(self) -> list[Line]:
-        """The lines that are not those of the former run."""
+        """The lines that the former run does not have."""
         return self.ledger.lines[self.ledger.lines.index(self.told) + 1 :]
 
     @property

@@ -38,8 +38,8 @@ _MAY_DIFFER = {"ledger", "documents", "made"}
 def forgetting_problems(
     run: Storage, lines: Sequence[bytes], ledger: Ledger, *, signed_by: Trusted | None
 ) -> list[str]:
-    """Returns what is untrue; nothing for a run that forgets nothing. `ledger` has those of the
-    `lines` that count."""
+    """Returns the untrue statements; none for a run that forgets nothing. `ledger` has the events
+    of the `lines` that count."""
     if not run.exists(CONFIG_FILE):
         return []
     config = recorded_config(run)
