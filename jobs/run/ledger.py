@@ -43,7 +43,8 @@ class LedgerWriter:
 
     A local file gets each line at once. To object storage, which has no appends, a thread copies
     the whole file now and then from the node's spool, where the next attempt on this node finds the
-    lines that were not copied.
+    lines that were not copied. Each writer has its own file, which it begins with a copy of the one
+    before: what a stale one still appends reaches nobody.
     """
 
     def __init__(self, run: Storage, fence: Fence | None = None) -> None:
@@ -55,6 +56,8 @@ class LedgerWriter:
         if path is None:
             self._version = _version(run)
             path = _spooled(run, generation=fence.generation if fence else 0)
+        elif path.exists():
+            run.upload_file(path, LEDGER)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._file = path.open("a+b", buffering=0)
@@ -81,11 +84,17 @@ class LedgerWriter:
 
     def blocks(self, *, start: int) -> Iterator[bytes]:
         """Yields the lines from a byte on, some megabytes of whole lines at once, with the lines
-        that the storage does not have yet."""
+        that the storage does not have yet. Raises `UserError` where another process has changed
+        them."""
         size, length = self._size, _BLOCK_BYTES
         while start < size:
             piece = os.pread(self._file.fileno(), min(length, size - start), start)
             end = piece.rfind(b"\n") + 1
+            if not end and length >= size - start:
+                raise UserError(
+                    f"{self._path} has no end of a line where this process wrote one: another process changed it. "
+                    "Start the run again: it goes on from the whole lines"
+                )
             length = _BLOCK_BYTES if end else 2 * length
             if end:
                 yield piece[:end]
@@ -424,10 +433,7 @@ def _version(run: Storage) -> str | None:
 
 def _spooled(run: Storage, *, generation: int) -> Path:
     """Makes this node's copy of the ledger: the run's lines, and those that a killed writer did not
-    copy there.
-
-    Each writer has its own file: a stale writer may still be appending to its own.
-    """
+    copy there."""
     stored = run.find_bytes(LEDGER) or b""
     spool = node_spool(run)
     left = {path: path.read_bytes() for path in spool.glob("ledger-*")}

@@ -2,6 +2,7 @@
 futile attempts counted."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,15 @@ def test_a_torn_last_line_is_dropped_and_written_over(run: Storage) -> None:
     assert [line["step"] for line in Ledger.read(run).lines] == [1, 1]
     run.write_bytes(LEDGER, whole[:20])
     assert Ledger.read(run).lines == []
+
+
+def test_lines_that_somebody_cut_off_meanwhile_are_missed(tmp_path: Path) -> None:
+    writer = LedgerWriter(open_storage(str(tmp_path)))
+    writer.step(step=1, loss=2.0)
+    writer.step(step=2, loss=1.0)
+    os.truncate(tmp_path / LEDGER, (tmp_path / LEDGER).stat().st_size - 5)
+    with pytest.raises(UserError, match="no end of a line where this process wrote one"):
+        list(writer.blocks(start=0))
 
 
 @pytest.mark.parametrize(

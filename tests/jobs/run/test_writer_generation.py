@@ -8,7 +8,8 @@ import pytest
 
 from cluster.storage.lease import LeaseLostError
 from cluster.storage.uris import Storage, open_storage
-from jobs.run.ledger import Ledger, LedgerWriter
+from jobs.run.ledger import LEDGER, Ledger, LedgerWriter
+from jobs.run.ledger_chain import chain_of
 from jobs.run.writer_generation import WRITER, Fence
 from tests.cluster.fault_proxy import Cut, running_proxy
 
@@ -87,3 +88,31 @@ def test_a_stale_writer_s_lines_reach_nobody(run: Storage) -> None:
     assert [line.get("attempt") for line in ledger.events()] == [1, 2]
     assert [line["loss"] for line in ledger.steps] == [2.0, 1.5]
     assert run.exists(WRITER)
+
+
+def test_what_a_writer_was_about_to_write_when_the_next_one_came_is_in_nobody_s_way(
+    tmp_path: Path,
+) -> None:
+    """It is stopped after it found itself the newest, and goes on after the new one has begun."""
+    run = open_storage(str(tmp_path))
+    newer: list[LedgerWriter] = []
+
+    class StoppedFence(Fence):
+        def check(self) -> None:
+            super().check()
+            if before:
+                newer.append(LedgerWriter(run, Fence(run, launcher=0)))
+                newer[0].step(step=1, loss=2.0)
+
+    before: list[bytes] = []
+    old = LedgerWriter(run, StoppedFence(run, launcher=0))
+    old.event("start", attempt=1, world_size=1, step=0)
+    before += old.blocks(start=0)
+    old.step(step=1, loss=3.0)
+    [new] = newer
+    new.step(step=2, loss=1.5)
+    content = b"".join(new.blocks(start=0))
+    new.close()
+    assert content == run.read_bytes(LEDGER) and content.startswith(before[0])
+    assert [line["loss"] for line in Ledger.read(run).steps] == [2.0, 1.5]
+    assert chain_of(content.splitlines()).problems == ()
