@@ -4,11 +4,11 @@
 // A token's result has the same bits whatever else is in its pass and however its prompt is cut into passes: every sum
 // runs over its own numbers in an order that depends on nothing else.
 //
-// Shapes: N tokens of a pass, C width, H heads of width D (DP with padding), G heads of keys and values, each for H / G
-// neighboring heads, F feed-forward width, V vocabulary.
+// Shapes: N tokens of a pass, C width, heads of width D, F feed-forward width, V vocabulary.
 
 #include <cstdio>
 
+#include "cached_attention.h"
 #include "elementary.h"
 #include "matrix.h"
 #include "numbers.h"
@@ -16,8 +16,6 @@
 #include "team.h"
 
 namespace {
-
-constexpr int BLOCK = 16;  // positions of a KV cache block
 
 F32 activate(F32 x, Activation activation) {
     switch (activation) {
@@ -31,13 +29,6 @@ F32 activate(F32 x, Activation activation) {
 
 struct Norm {
     std::vector<float> weight, bias;
-};
-
-struct Pass {
-    int num_tokens, table_width;
-    const int32_t *token_ids, *positions, *rows;  // (N,); a row of `tables` for each token
-    const int32_t* tables;  // (rows, table_width): the blocks of a sequence, in order
-    float* hidden;  // (N, C)
 };
 
 class Decoder {
@@ -59,24 +50,16 @@ enum { HEAD, TOKENS };
 
 template <class Kind>
 class DecoderOf : public Decoder {
-    using Cached = typename Kind::Cached;
-    using Number = typename Cached::Number;
     using Element = typename Kind::Element;
-    using CachedElement = typename Cached::Element;
-    static constexpr int GROUP = Cached::GROUP;
     // Rows of a piece of work: their inputs and a panel fit into a core's cache. Tiles are as fast as memory gives weights.
     static constexpr int ROWS = uses_tiles<Kind> ? 192 : 8 * TILE;
 
 public:
     DecoderOf(const Shape& shape, int num_threads, const float* positions)
-        : s_(shape), head_width_(shape.head_width()), padded_((head_width_ + LANES - 1) / LANES * LANES),
+        : s_(shape), head_width_(shape.head_width()),
           positions_(positions,
                      positions + (shape.has_rotation() ? head_width_ / 2 : size_t(shape.positions) * shape.width)),
-          norms_(2 * shape.layers + 1), matrices_(4 * shape.layers + 2), team_(num_threads) {
-        const size_t cache = size_t(s_.layers) * s_.num_blocks * s_.kv_heads * BLOCK * padded_;
-        keys_ = allocate<Number>(cache);
-        values_ = allocate<Number>(cache);
-    }
+          norms_(2 * shape.layers + 1), matrices_(4 * shape.layers + 2), attention_(shape), team_(num_threads) {}
 
     void set_norm(int layer, int which, const float* weight, const float* bias) override {
         norms_[2 * layer + which] = {{weight, weight + s_.width}, {bias, bias + s_.width}};
@@ -88,12 +71,14 @@ public:
     }
 
     void forward(const Pass& pass) override {
-        const int N = pass.num_tokens, C = s_.width, F = s_.ffn_width;
+        const int N = pass.num_tokens, C = s_.width;
         reserve(N);
         float* x = pass.hidden;
-        // A few pieces for each thread; the heads of a piece lie side by side in the cache.
-        const int heads_each = std::clamp(N * s_.heads / (4 * team_.num_threads), 1, s_.heads);
-        const int head_groups = (s_.heads + heads_each - 1) / heads_each;
+        const auto add = [&](int n, int column, F32 y, int valid) {
+            float* at = x + size_t(n) * C + column;
+            store_some(at, load_some(at, valid) + y, valid);
+        };
+        attention_.divide(pass, team_.num_threads);
         team_.run(12 * s_.layers + 2, [&] {
             int phase = 0;
             team_.share(phase++, N, [&](int n) {
@@ -102,21 +87,16 @@ public:
             });
             for (int layer = 0; layer < s_.layers; layer++) {
                 team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_1]); });
-                project(phase++, N, matrix(layer, QKV), [&](float* to, F32 y) { store(to, y); }, qkv_.get(),
-                        s_.qkv_width());
-                team_.share(phase++, s_.kv_heads, [&](int head) { remember(layer, pass, head); });
-                team_.share(phase++, N * head_groups, [&](int i) {
-                    const int first = i % head_groups * heads_each;
-                    attend(layer, pass, i / head_groups, first, std::min(first + heads_each, s_.heads));
-                });
-                team_.share(phase++, N, [&](int n) { pack(attended_.get(), n, C); });
-                project(phase++, N, matrix(layer, ATTENTION_OUT), add, x, C);
+                project(phase++, N, packed_, matrix(layer, QKV), into(qkv_.get(), s_.qkv_width()));
+                team_.share(phase++, int(attention_.stretches.size()),
+                            [&](int i) { remember(layer, pass, attention_.stretches[i]); });
+                team_.share(phase++, int(attention_.parts.size()),
+                            [&](int i) { attention_.attend(layer, pass, attention_.parts[i], attended_.get()); });
+                team_.share(phase++, N, [&](int n) { pack(attended_.get(), n, C, packed_); });
+                project(phase++, N, packed_, matrix(layer, ATTENTION_OUT), add);
                 team_.share(phase++, N, [&](int n) { pack_normed(x, n, norms_[2 * layer + LN_2]); });
-                project(phase++, N, matrix(layer, FFN_IN),
-                        [&](float* to, F32 y) { store(to, activate(y, s_.activation)); }, ffn_.get(),
-                        s_.ffn_in_width());
-                team_.share(phase++, N, [&](int n) { s_.is_gated() ? pack_gated(n) : pack(ffn_.get(), n, F); });
-                project(phase++, N, matrix(layer, FFN_OUT), add, x, C);
+                find_middle(phase, N, matrix(layer, FFN_IN));
+                project(phase++, N, middle_, matrix(layer, FFN_OUT), add);
             }
             team_.share(phase++, N, [&](int n) { normalize(x + size_t(n) * C, norms_.back(), x + size_t(n) * C); });
         });
@@ -125,8 +105,8 @@ public:
     void logits(int num_rows, const float* hidden, float* logits) override {
         reserve(num_rows);
         team_.run(2, [&] {
-            team_.share(0, num_rows, [&](int n) { pack(hidden, n, s_.width); });
-            project(1, num_rows, matrix(s_.layers, HEAD), [](float* to, F32 y) { store(to, y); }, logits, s_.vocabulary);
+            team_.share(0, num_rows, [&](int n) { pack(hidden, n, s_.width, packed_); });
+            project(1, num_rows, packed_, matrix(s_.layers, HEAD), into(logits, s_.vocabulary));
         });
     }
 
@@ -158,41 +138,64 @@ public:
 private:
     const Matrix<Kind>& matrix(int layer, int which) const { return matrices_[4 * layer + which]; }
 
-    static void add(float* to, F32 y) { store(to, load(to) + y); }
-
     void reserve(int num_rows) {
         if (num_rows <= capacity_) return;
         capacity_ = (num_rows + ROWS - 1) / ROWS * ROWS;
-        packed_ = allocate<Element>(size_t(capacity_) * padded_to_depth<Kind>(std::max(s_.width, s_.ffn_width)));
+        packed_ = allocate<Element>(size_t(capacity_) * padded_to_depth<Kind>(s_.width));
+        middle_ = allocate<Element>(size_t(capacity_) * padded_to_depth<Kind>(s_.ffn_width), true);
         units_.resize(capacity_);
         qkv_ = allocate<float>(size_t(capacity_) * s_.qkv_width() + LANES);
         rotations_ = allocate<float>(size_t(capacity_) * head_width_);
-        attended_ = allocate<float>(size_t(capacity_) * (s_.width + padded_));
-        ffn_ = allocate<float>(size_t(capacity_) * s_.ffn_in_width() + LANES);
-        queries_ = allocate<CachedElement>(size_t(capacity_) * s_.heads * query_width());
+        attended_ = allocate<float>(size_t(capacity_) * s_.width + LANES);
+        if (!packs_middle()) ffn_ = allocate<float>(size_t(capacity_) * s_.ffn_in_width() + LANES);
+        attention_.reserve(capacity_);
     }
 
-    // Calls finish(to(n, :), packed row n times the matrix, plus its bias).
+    // Calls finish(n, column, y, valid) with the vectors y of each packed row n times the matrix, plus its bias: of the first
+    // `valid` lanes.
     template <class Finish>
-    void project(int phase, int num_rows, const Matrix<Kind>& weights, const Finish& finish, float* to, int stride) {
+    void project(int phase, int num_rows, const Buffer<Element>& rows, const Matrix<Kind>& weights, const Finish& finish) {
         const int row_blocks = (num_rows + ROWS - 1) / ROWS;
         team_.share(phase, row_blocks * weights.panels, [&](int piece) {
             const int first = piece / weights.panels * ROWS, p = piece % weights.panels;
-            multiply<Kind>(weights.panel(p), packed_.get(), weights.depth, first, std::min(first + ROWS, num_rows),
+            multiply<Kind>(weights.panel(p), rows.get(), weights.depth, first, std::min(first + ROWS, num_rows),
                            [&](int row, int vector, typename Kind::Sums sums) {
                                const int column = p * PANEL + vector * LANES, valid = weights.num_out - column;
                                const F32 y = weights.result(sums, column, units_[row]);
-                               float* at = to + size_t(row) * stride + column;
-                               if (valid >= LANES) {
-                                   finish(at, y);
-                               } else if (valid > 0) {
-                                   float last[LANES] = {};
-                                   std::copy_n(at, valid, last);
-                                   finish(last, y);
-                                   std::copy_n(last, valid, at);
-                               }
+                               // Where all lanes are valid the compiler knows it: without, this took a third longer.
+                               if (valid >= LANES) finish(row, column, y, LANES);
+                               else if (valid > 0) finish(row, column, y, valid);
                            });
         });
+    }
+
+    // Returns what stores the results of `project` in rows of `to`.
+    static auto into(float* to, int stride) {
+        return [=](int n, int column, F32 y, int valid) { store_some(to + size_t(n) * stride + column, y, valid); };
+    }
+
+    // Whether each number of the feed-forward layer's middle is packed by itself.
+    bool packs_middle() const { return !Kind::QUANTIZED && !s_.is_gated(); }
+
+    // Computes the feed-forward layer's middle, packed, in some phases.
+    void find_middle(int& phase, int num_rows, const Matrix<Kind>& weights) {
+        const int F = s_.ffn_width, stride = padded_to_depth<Kind>(F);
+        if constexpr (!Kind::QUANTIZED)
+            if (packs_middle())
+                return project(phase++, num_rows, packed_, weights, [&](int n, int column, F32 y, int valid) {
+                    Element *to = middle_.get() + size_t(n) * stride + column, some[LANES];
+                    Kind::pack(activate(y, s_.activation), valid == LANES ? to : some);
+                    if (valid < LANES) std::copy_n(some, valid, to);
+                });
+        if (s_.is_gated()) {
+            project(phase++, num_rows, packed_, weights, into(ffn_.get(), 2 * F));
+            team_.share(phase++, num_rows, [&](int n) { pack_gated(n); });
+        } else {
+            project(phase++, num_rows, packed_, weights, [&](int n, int column, F32 y, int valid) {
+                store_some(ffn_.get() + size_t(n) * F + column, activate(y, s_.activation), valid);
+            });
+            team_.share(phase++, num_rows, [&](int n) { pack(ffn_.get(), n, F, middle_); });
+        }
     }
 
     void embed(int token_id, int position, float* to) const {
@@ -238,11 +241,16 @@ private:
     void pack_normed(const float* x, int n, const Norm& norm) {
         std::vector<float> normed(s_.width);
         normalize(x + size_t(n) * s_.width, norm, normed.data());
-        units_[n] = pack_row<Kind>(normed.data(), s_.width, packed_.get() + size_t(n) * matrix(0, QKV).depth);
+        pack_numbers(normed.data(), n, s_.width, packed_);
     }
 
-    void pack(const float* from, int n, int width) {
-        units_[n] = pack_row<Kind>(from + size_t(n) * width, width, packed_.get() + size_t(n) * padded_to_depth<Kind>(width));
+    void pack(const float* rows, int n, int width, const Buffer<Element>& to) {
+        pack_numbers(rows + size_t(n) * width, n, width, to);
+    }
+
+    // Packs row n of inputs.
+    void pack_numbers(const float* from, int n, int width, const Buffer<Element>& to) {
+        units_[n] = pack_row<Kind>(from, width, to.get() + size_t(n) * padded_to_depth<Kind>(width));
     }
 
     // The feed-forward layer's middle, SwiGLU: gate / (1 + exp(-gate)) times what it gates.
@@ -254,136 +262,26 @@ private:
             const F32 g = load(gate + f);
             store(&gated[f], g / (1.0f + exponential(-g)) * load(up + f));
         }
-        units_[n] = pack_row<Kind>(gated.data(), F, packed_.get() + size_t(n) * padded_to_depth<Kind>(F));
+        pack_numbers(gated.data(), n, F, middle_);
     }
 
-    // Keys of a block: [D / GROUP][position][GROUP]; values: [position][DP].
-    Number* block_of(const Buffer<Number>& cache, int layer, int block, int head) const {
-        return cache.get() + ((size_t(layer) * s_.num_blocks + block) * s_.kv_heads + head) * BLOCK * padded_;
-    }
-
-    int query_width() const { return padded_to_depth<Cached>(head_width_); }
-
-    int block_at(const Pass& pass, int n, int index) const {
-        return pass.tables[size_t(pass.rows[n]) * pass.table_width + index];
-    }
-
-    // Stores the keys and values of one of the G heads in the cache, and the queries of its heads as attention reads them.
-    // Successive tokens share cache lines of keys, so one thread does a whole head.
-    void remember(int layer, const Pass& pass, int head) {
-        const int C = s_.width, D = head_width_, each = s_.heads / s_.kv_heads;
-        std::vector<float> turned(D);
-        for (int n = 0; n < pass.num_tokens; n++) {
-            const float *row = qkv_.get() + size_t(n) * s_.qkv_width(), *rotation = rotations_.get() + size_t(n) * D;
-            const auto in_place = [&](const float* x) {
-                if (!s_.has_rotation()) return x;
-                rotate(x, rotation, turned.data());
-                return static_cast<const float*>(turned.data());
-            };
-            const int block = block_at(pass, n, pass.positions[n] / BLOCK), lane = pass.positions[n] % BLOCK;
-            for (int h = head * each; h < (head + 1) * each; h++)
-                pack_row<Cached>(in_place(row + h * D), D, queries_.get() + (size_t(n) * s_.heads + h) * query_width());
-            const float *key = in_place(row + C + head * D), *value = row + C + s_.kv_width() + head * D;
-            Number* keys = block_of(keys_, layer, block, head) + lane * GROUP;
-            for (int d = 0; d < D; d += GROUP, keys += BLOCK * GROUP)
-                for (int i = 0; i < GROUP; i++) keys[i] = d + i < D ? Cached::from(key[d + i]) : Number();
-            Number* values = block_of(values_, layer, block, head) + lane * padded_;
-            for (int d = 0; d < D; d++) values[d] = Cached::from(value[d]);
-        }
-    }
-
-    // Computes softmax(q k / sqrt(D)) v of a token and some heads, over its sequence up to itself.
-    void attend(int layer, const Pass& pass, int n, int first_head, int last_head) {
-        const int num_positions = pass.positions[n] + 1, num_blocks = (num_positions + BLOCK - 1) / BLOCK;
-        const int row = num_blocks * BLOCK;
-        const float scale = 1.0f / std::sqrt(float(head_width_));
-        const int each = s_.heads / s_.kv_heads;
-        thread_local std::vector<float> scores, mixed;
-        scores.resize(size_t(last_head - first_head) * row);
-        mixed.assign(size_t(last_head - first_head) * padded_, 0.0f);
-        for (int b = 0; b < num_blocks; b++) {
-            const Number* keys = block_of(keys_, layer, block_at(pass, n, b), 0);
-            for (int head = first_head; head < last_head; head++) {
-                const auto* query = queries_.get() + (size_t(n) * s_.heads + head) * query_width();
-                dot_products(keys + size_t(head / each) * BLOCK * padded_, query, scale, &scores[(head - first_head) * row + b * BLOCK]);
-            }
-        }
-        for (int head = first_head; head < last_head; head++) {
-            float* dots = &scores[(head - first_head) * row];
-            std::fill(dots + num_positions, dots + row, -INFINITY);
-            softmax(dots, row);
-        }
-        for (int b = 0; b < num_blocks; b++) {
-            const int here = std::min(BLOCK, num_positions - b * BLOCK);
-            const Number* all = block_of(values_, layer, block_at(pass, n, b), 0);
-            for (int head = first_head; head < last_head; head++) {
-                const Number* values = all + size_t(head / each) * BLOCK * padded_;
-                const float* weights = &scores[(head - first_head) * row + b * BLOCK];
-                float* to = &mixed[(head - first_head) * padded_];
-                int d = 0;
-                for (; d + 8 * LANES <= padded_; d += 8 * LANES) mix<8>(values + d, weights, here, to + d);
-                for (; d + 4 * LANES <= padded_; d += 4 * LANES) mix<4>(values + d, weights, here, to + d);
-                for (; d < padded_; d += LANES) mix<1>(values + d, weights, here, to + d);
-            }
-        }
-        for (int head = first_head; head < last_head; head++)
-            std::copy_n(&mixed[(head - first_head) * padded_], head_width_,
-                        attended_.get() + size_t(n) * s_.width + head * head_width_);
-    }
-
-    // Multiplies the query with the keys of a block.
-    void dot_products(const Number* keys, const CachedElement* query, float scale, float* to) const {
-        constexpr int CHAINS = 4, PARTS = BLOCK / LANES;  // a single sum would wait for its own result
-        F32 sums[CHAINS][PARTS] = {};
-        const auto add = [&](F32* chain, int d) {
-            const uint32_t input = read_as<uint32_t>(query + d);
-#pragma GCC unroll 4
-            for (int i = 0; i < PARTS; i++)
-                chain[i] = Cached::multiply_add(chain[i], Cached::weights(keys + d * BLOCK + i * LANES * GROUP), input);
-        };
-        int d = 0;
-        for (; d + CHAINS * GROUP <= head_width_; d += CHAINS * GROUP)
-#pragma GCC unroll 4
-            for (int i = 0; i < CHAINS; i++) add(sums[i], d + i * GROUP);
-        for (; d < head_width_; d += GROUP) add(sums[0], d);
-        for (int i = 0; i < PARTS; i++)
-            store(to + i * LANES, ((sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i])) * scale);
-    }
-
-    static void softmax(float* scores, int count) {
-        F32 best = splat(-INFINITY), total[VECTORS_OF_COLUMNS] = {};
-        for (int i = 0; i < count; i += LANES) {
-            const F32 dots = load(scores + i);
-            best = dots > best ? dots : best;
-        }
-        const F32 top = splat(highest(best));
-        for (int i = 0; i < count; i += LANES) {
-            const F32 dots = load(scores + i), weights = dots == -INFINITY ? F32{} : exponential(dots - top);
-            store(scores + i, weights);
-            total[i / LANES % VECTORS_OF_COLUMNS] += weights;
-        }
-        const float share = 1.0f / sum_of_columns(total);
-        for (int i = 0; i < count; i += LANES) store(scores + i, load(scores + i) * share);
-    }
-
-    // Adds the values of a block, weighted, to `vectors` vectors of columns.
-    template <int vectors>
-    void mix(const Number* values, const float* weights, int num_positions, float* to) const {
-        F32 sums[vectors];
-        for (int v = 0; v < vectors; v++) sums[v] = load(to + v * LANES);
-        for (int p = 0; p < num_positions; p++, values += padded_)
-            for (int v = 0; v < vectors; v++) sums[v] = fused(splat(weights[p]), Cached::widened(values + v * LANES), sums[v]);
-        for (int v = 0; v < vectors; v++) store(to + v * LANES, sums[v]);
+    void remember(int layer, const Pass& pass, const Stretch& stretch) {
+        thread_local std::vector<float> turned;
+        turned.resize(head_width_);
+        attention_.remember(layer, pass, stretch, qkv_.get(), [&](int n, const float* x) {
+            if (!s_.has_rotation()) return x;
+            rotate(x, rotations_.get() + size_t(n) * head_width_, turned.data());
+            return static_cast<const float*>(turned.data());
+        });
     }
 
     const Shape s_;
-    const int head_width_, padded_;
+    const int head_width_;
     std::vector<float> positions_;  // (n_positions, C), or with rotation the angles of the pairs for one position (D / 2,)
     std::vector<Norm> norms_;
     std::vector<Matrix<Kind>> matrices_;
-    Buffer<Number> keys_, values_;  // [layer][block][head] blocks
-    Buffer<Element> packed_;
-    Buffer<CachedElement> queries_;
+    CachedAttention<typename Kind::Cached> attention_;
+    Buffer<Element> packed_, middle_;
     std::vector<float> units_;  // of packed rows
     Buffer<float> qkv_, attended_, ffn_, rotations_;
     int capacity_ = 0;

@@ -18,6 +18,7 @@ struct Fp32 {
     static Number from(float x) { return x; }
     static float value(Number x) { return x; }
     static Element element(float x) { return x; }
+    static void pack(F32 x, Element* to) { store(to, x); }
     static F32 widened(const Number* from) { return load(from); }
     static F32 weights(const Number* from) { return load(from); }
     static F32 multiply_add(F32 sums, F32 weights, uint32_t input) {
@@ -33,9 +34,12 @@ struct Bf16InFp32 {
     using Cached = Bf16InFp32;
     static constexpr int GROUP = 1, DEPTH = 32;
     static constexpr bool QUANTIZED = false, PORTABLE = true;
-    static Number from(float x) { return x != x ? 0x7fc0 : rounded(x) >> 16; }
+    static Number from(float x) { return x != x ? 0x7fc0 : rounded(bits<uint32_t>(x)) >> 16; }
     static float value(Number x) { return bits<float>(uint32_t(x) << 16); }
-    static Element element(float x) { return x != x ? x : bits<float>(rounded(x) & 0xffff0000u); }
+    static Element element(float x) { return x != x ? x : bits<float>(rounded(bits<uint32_t>(x)) & 0xffff0000u); }
+    static void pack(F32 x, Element* to) {
+        store(to, x != x ? x : F32(rounded(U32(x)) & 0xffff0000u));
+    }
     static F32 widened(const Number* from) {
 #if defined(WIDE)
         return F32(WIDE(slli_epi32)(WIDE(cvtepu16_epi32)(read_as<Half>(from)), 16));
@@ -52,9 +56,10 @@ struct Bf16InFp32 {
         return fused(weights, splat(bits<float>(input)), sums);
     }
 
-private:
-    static uint32_t rounded(float x) {  // to nearest, ties to even, in the upper half
-        const uint32_t u = bits<uint32_t>(x);
+protected:
+    // Rounds the bits of numbers to nearest, ties to even, in their upper halves.
+    template <class Bits>
+    static Bits rounded(Bits u) {
         return u + 0x7fff + ((u >> 16) & 1);
     }
 };
@@ -67,6 +72,11 @@ struct Bf16 : Bf16InFp32 {
     static constexpr int GROUP = 2;
     static constexpr bool PORTABLE = false;
     static Element element(float x) { return from(x); }
+    static void pack(F32 x, Element* to) {
+        const U32 numbers = x != x ? U32{} + 0x7fc0 : rounded(U32(x)) >> 16;
+        const __m256i halves = _mm512_cvtepi32_epi16(__m512i(numbers));
+        std::memcpy(to, &halves, sizeof halves);
+    }
     static U32 weights(const Number* from) { return read_as<U32>(from); }
     static F32 multiply_add(F32 sums, U32 weights, uint32_t input) {
         return F32(_mm512_dpbf16_ps(__m512(sums), __m512bh(weights), __m512bh(_mm512_set1_epi32(input))));

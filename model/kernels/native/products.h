@@ -110,18 +110,6 @@ void multiply_panel(const float* panel, const float* rows, int depth, int num_ro
     });
 }
 
-inline void store_some(float* to, F32 numbers, int count) {
-    if (count == LANES) return store(to, numbers);
-    for (int i = 0; i < count; i++) to[i] = numbers[i];
-}
-
-inline F32 load_some(const float* from, int count) {
-    if (count == LANES) return load(from);
-    F32 numbers = {};
-    for (int i = 0; i < count; i++) numbers[i] = from[i];
-    return numbers;
-}
-
 inline float sum_of_products(const float* x, const float* y, int count) {
     return sum_of(count, [&](int i) { return load(x + i) * load(y + i); }, [&](int i) { return x[i] * y[i]; });
 }

@@ -81,6 +81,18 @@ inline F32 square_root(F32 x) {
 inline F32 load(const float* from) { return *reinterpret_cast<const F32Any*>(from); }
 inline void store(float* to, F32 value) { *reinterpret_cast<F32Any*>(to) = value; }
 
+inline void store_some(float* to, F32 numbers, int count) {
+    if (count == LANES) return store(to, numbers);
+    std::memcpy(to, &numbers, count * sizeof *to);
+}
+
+inline F32 load_some(const float* from, int count) {
+    if (count == LANES) return load(from);
+    F32 numbers = {};
+    std::memcpy(&numbers, from, count * sizeof *from);
+    return numbers;
+}
+
 inline float sum(F32 v) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
