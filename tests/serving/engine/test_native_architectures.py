@@ -2,6 +2,7 @@
 Llama's. What they would leave out or do not know they refuse."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,13 @@ def tiny_llama() -> GPT:
         n_embd=48,
         initializer_range=0.1,
     )
+    model = GPT(config)
+    model.init_weights(3)
+    return model.eval()
+
+
+def tiny_gpt2() -> GPT:
+    config = GPTConfig(vocab_size=211, n_positions=64, n_layer=2, n_head=4, n_embd=48)
     model = GPT(config)
     model.init_weights(3)
     return model.eval()
@@ -80,6 +88,23 @@ def test_native_runner__for_biases_of_pytorchs_own_modules__computes_with_them(b
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         replace_in_attention(model, name, bias=name[0] in biased)
     assert error_of_logits(model) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("model_of", [tiny_llama, tiny_gpt2])
+def test_native_runner__for_many_tokens__has_the_bits_of_few(
+    model_of: Callable[[], GPT], dtype: str
+) -> None:
+    """Threads share each product of few tokens, and divide many tokens among themselves."""
+    runner = NativeRunner(model_of(), dtype=dtype, num_blocks=48, threads=2)
+    readings = []
+    for number in range(12):
+        token_ids = [(5 * i * i + 3 * number) % 211 for i in range(60)]
+        readings.append(Reading(token_ids, 0, list(range(4 * number, 4 * number + 4))))
+    together = runner.forward(readings).clone()  # (720, C)
+    alone = [runner.forward([reading]).clone() for reading in readings]
+    assert torch.equal(together, torch.cat(alone))
+    assert len({tuple(row) for row in together.tolist()}) > 700
 
 
 def test_native_runner__for_a_parameter_that_the_kernels_do_not_read__names_it() -> None:
