@@ -53,7 +53,6 @@ class Losses(threading.Thread):
         super().__init__(daemon=True)
         self._run, self._cluster, self._losses = run_storage(config), cluster, losses
         self._tail = LedgerTail(self._run)
-        self._deadline_s = time.monotonic() + limit_s(180)
         self.died_before_others_went_on: list[str] = []
 
     def run(self) -> None:
@@ -97,7 +96,8 @@ class Losses(threading.Thread):
 
     def _settled(self, *, after: int) -> Line:
         """Returns the start of a later attempt, right after the line of one of its steps."""
-        while time.monotonic() < self._deadline_s:
+        deadline_s = time.monotonic() + limit_s(60)
+        while time.monotonic() < deadline_s:
             new = self._new_lines()
             starts = self._tail.ledger.events("start")
             steps = [line["step"] for line in new if "event" not in line]
@@ -105,7 +105,7 @@ class Losses(threading.Thread):
             if is_later and steps and steps[-1] >= starts[-1]["step"] + SETTLED_STEPS:
                 return starts[-1]
             time.sleep(0.002)
-        raise TimeoutError("the run never got there")
+        raise TimeoutError(f"no attempt after number {after} took {SETTLED_STEPS} steps")
 
     def _new_lines(self) -> list[Line]:
         try:
